@@ -1,0 +1,115 @@
+"""Manifests: one utterance a line, as JSON Lines.
+
+A line holds `audio_filepath` (relative to the manifest, or absolute), `duration` in seconds, `text`, and may hold `id`
+(default: the file's stem), `speaker`, and keys of other tools, which are ignored.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; its message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One transcribed recording."""
+
+    id: str
+    audio_filepath: Path
+    duration: float
+    """Seconds, as declared by the manifest."""
+    text: str
+    speaker: str | None = None
+
+
+def read_manifest(path: str | Path) -> list[Utterance]:
+    """Read and validate a manifest. The audio files themselves are not opened.
+
+    Raises:
+      ManifestError: no such file, an empty file, a line that is not JSON, a missing key, a wrong type, an id twice.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ManifestError(f"no manifest {path}; write one with `jaxds2 prepare`, see README") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ManifestError(f"{path}: cannot be read ({e})") from None
+    utterances: list[Utterance] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        utterance = _parse_line(line, path, number)
+        if utterance.id in seen:
+            raise ManifestError(f"{path}:{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
+        seen[utterance.id] = number
+        utterances.append(utterance)
+    if not utterances:
+        raise ManifestError(f"{path}: holds no utterances")
+    return utterances
+
+
+def _parse_line(line: str, path: Path, number: int) -> Utterance:
+    where = f"{path}:{number}"
+    try:
+        record: Any = json.loads(line)
+    except ValueError as e:
+        raise ManifestError(f"{where}: not JSON ({e})") from None
+    if not isinstance(record, dict):
+        raise ManifestError(f"{where}: expected an object with audio_filepath, duration and text")
+    for key, kind in (("audio_filepath", str), ("duration", (int, float)), ("text", str)):
+        if key not in record:
+            raise ManifestError(f"{where}: missing key {key!r}")
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            expected = "a number" if key == "duration" else "a string"
+            raise ManifestError(f"{where}: {key} is {record[key]!r}, expected {expected}")
+    if not (math.isfinite(record["duration"]) and record["duration"] >= 0):
+        raise ManifestError(f"{where}: duration is {record['duration']}, expected seconds")
+    if not record["audio_filepath"]:
+        raise ManifestError(f"{where}: audio_filepath is empty")
+    audio = Path(record["audio_filepath"])
+    speaker = record.get("speaker")
+    return Utterance(
+        id=str(record.get("id") or audio.stem),
+        audio_filepath=audio if audio.is_absolute() else path.parent / audio,
+        duration=float(record["duration"]),
+        text=record["text"],
+        speaker=None if speaker is None else str(speaker),
+    )
+
+
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write a manifest, atomically: it is there whole or not at all.
+
+    Audio below the manifest's folder is named relative to it, other audio by its absolute path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(os.path.abspath(path.parent))
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as f:
+        for u in utterances:
+            audio = Path(os.path.abspath(u.audio_filepath))
+            name = audio.relative_to(root) if audio.is_relative_to(root) else audio
+            record = {"audio_filepath": str(name), "duration": round(u.duration, 6), "text": u.text, "id": u.id}
+            if u.speaker is not None:
+                record["speaker"] = u.speaker
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def manifest_digest(utterances: Sequence[Utterance]) -> str:
+    """SHA-256 over id, duration and text in order: what the batching plan and a score depend on."""
+    digest = hashlib.sha256()
+    for u in utterances:
+        digest.update(json.dumps([u.id, round(u.duration, 6), u.text], ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

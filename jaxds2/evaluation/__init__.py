@@ -1,0 +1,1 @@
+"""From hypotheses to a word error rate that can be trusted."""

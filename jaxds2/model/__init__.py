@@ -1,0 +1,1 @@
+"""The recogniser: a convolutional front end, minGRU layers and a CTC head."""
