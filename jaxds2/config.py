@@ -195,9 +195,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
-    """Peak learning rate; with `muon` that of the matrices."""
-    adam_learning_rate: float = 3e-3
-    """With `muon`: peak learning rate of everything that is not a matrix."""
+    """Peak learning rate. Muon's updates of the matrices are scaled to Adam's size, so one rate serves both."""
     warmup_steps: int = 200
     weight_decay: float = 0.01
     b1: float = 0.9
@@ -207,9 +205,6 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be above 0")
-        _require(
-            self.adam_learning_rate > 0, f"optimizer.adam_learning_rate={self.adam_learning_rate}: must be above 0"
-        )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be 0 or more")
         _require(
             self.clip_norm is None or self.clip_norm > 0,
@@ -381,7 +376,7 @@ def _describe(hint: Any) -> str:
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-class _Mismatch(Exception):
+class _MismatchError(Exception):
     pass
 
 
@@ -394,7 +389,7 @@ def _coerce(hint: Any, value: Any) -> Any:
         for member in args:
             try:
                 return _coerce(member, value)
-            except _Mismatch:
+            except _MismatchError:
                 continue
     elif origin is tuple:
         if args[-1] is ...:
@@ -406,7 +401,7 @@ def _coerce(hint: Any, value: Any) -> Any:
         return float(value)
     elif type(value) is hint or (hint is type(None) and value is None):
         return value
-    raise _Mismatch
+    raise _MismatchError
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -432,7 +427,7 @@ def _build(cls: type, tree: Any, section: str) -> Any:
             continue
         try:
             kwargs[name] = _coerce(hints[name], value)
-        except _Mismatch:
+        except _MismatchError:
             raise ConfigError(f"{where}{name}: expected {_describe(hints[name])}, got {value!r}") from None
     missing = [
         f.name

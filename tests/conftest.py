@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import soundfile
+
+from jaxds2.data.manifest import Utterance, write_manifest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,3 +22,29 @@ def corpora() -> Path:
     if not root:
         pytest.skip("JAXDS2_DATA does not name a folder with an4/ and mini_librispeech/")
     return Path(root)
+
+
+TONES = {"a": 500.0, "b": 1000.0, "c": 2000.0, " ": None}
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus that anything can learn: each character is a tone of 0.12 s, a space is silence. train.jsonl, dev.jsonl."""
+    folder = tmp_path_factory.mktemp("tones")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 40), ("dev", 6)):
+        utterances = []
+        for i in range(count):
+            words = ["".join(rng.choice(list("abc"), rng.integers(1, 4))) for _ in range(rng.integers(1, 3))]
+            text = " ".join(words)
+            waveform = [0.01 * rng.standard_normal(800)]
+            for c in text:
+                t = np.arange(1920) / 16_000
+                tone = np.zeros_like(t) if TONES[c] is None else 0.3 * np.sin(2 * np.pi * TONES[c] * t)
+                waveform += [tone + 0.01 * rng.standard_normal(t.size), 0.01 * rng.standard_normal(640)]
+            samples = np.concatenate(waveform)
+            path = folder / f"{name}-{i:02}.wav"
+            soundfile.write(path, samples, 16_000, subtype="PCM_16")
+            utterances.append(Utterance(path.stem, path, len(samples) / 16_000, text, speaker=f"{name}-speaker"))
+        write_manifest(folder / f"{name}.jsonl", utterances)
+    return folder

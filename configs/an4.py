@@ -1,0 +1,29 @@
+"""AN4: 42 minutes of letters, digits and short commands by 74 speakers; the smallest real corpus.
+
+    jaxds2 prepare an4 --source PATH_TO_AN4 --out data/an4
+    python train.py --config configs/an4.py
+
+Trains on all 948 training utterances for a fixed number of steps; the recipe was chosen on the 7 dev speakers, with
+
+    python train.py --config configs/an4.py --run runs/an4-dev data.train=data/an4/train.jsonl data.dev=data/an4/dev.jsonl
+"""
+
+from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="an4",
+        data=DataConfig(
+            train=("data/an4/train.jsonl", "data/an4/dev.jsonl"),
+            test=("data/an4/test.jsonl",),
+            batch_seconds=15.0,
+            num_buckets=4,
+            rows_multiple=2,
+            workers=2,
+        ),
+        augment=AugmentConfig(speed=0.12, mel_warp=0.08, freq_masks=2, freq_mask_bins=20, time_masks=2),
+        model=ModelConfig(conv_strides=((3, 2), (1, 2)), dropout=0.2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=300),
+        training=TrainingConfig(epochs=70),
+    )

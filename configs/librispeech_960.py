@@ -1,0 +1,39 @@
+"""LibriSpeech, all 960.9 hours of training: the strong recipe.
+
+    jaxds2 prepare librispeech --source PATH_TO_LIBRISPEECH --out data/librispeech
+    python train.py --config configs/librispeech_960.py
+
+Against the paper's plan (configs/librispeech_960_paper.py): 40 ms per output frame, feed-forward blocks, a depthwise
+convolution before the gates, strong SpecAugment, AdamW with warmup and a cosine, averaged weights.
+
+Hardware: one GPU with 80 GB, or several that divide 8.
+Hours: not yet run; `--dry-run` prints the FLOPs to divide by what yours does.
+Expected WER: not yet run.
+"""
+
+from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="librispeech_960",
+        data=DataConfig(
+            train=(
+                "data/librispeech/train-clean-100.jsonl",
+                "data/librispeech/train-clean-360.jsonl",
+                "data/librispeech/train-other-500.jsonl",
+            ),
+            dev="data/librispeech/dev-clean.jsonl",
+            test=("data/librispeech/test-clean.jsonl", "data/librispeech/test-other.jsonl"),
+            durations="configs/durations/librispeech_960.json",
+            batch_seconds=1600.0,
+            num_buckets=12,
+            workers=12,
+        ),
+        augment=AugmentConfig(speed=0.1, freq_masks=2, freq_mask_bins=27, time_masks=10, time_mask_fraction=0.05),
+        model=ModelConfig(
+            conv_channels=(64, 64), width=768, layers=8, hidden=768, depthwise_kernel=9, feed_forward=2048, dropout=0.1
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5_000),
+        training=TrainingConfig(epochs=60, precision="bfloat16", ema_decay=0.9998, checkpoint_every=500),
+    )

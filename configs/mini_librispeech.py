@@ -1,0 +1,30 @@
+"""mini LibriSpeech: 5 hours of read books by 28 speakers; enough to see a real model begin to spell.
+
+    jaxds2 prepare mini-librispeech --source PATH_TO_LIBRISPEECH --out data/mini_librispeech
+    python train.py --config configs/mini_librispeech.py
+
+Hardware: 2 CPU cores. Hours: sized for 40 minutes there; not yet run. A GPU has time for more:
+`training.epochs=100 training.ema_decay=0.9995`.
+Expected WER: not yet run. It will be high: 4.9 hours are little for a model that has to learn to spell from them.
+"""
+
+from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="mini_librispeech",
+        data=DataConfig(
+            train=("data/mini_librispeech/train.jsonl",),
+            dev="data/mini_librispeech/dev.jsonl",
+            durations="configs/durations/mini_librispeech.json",
+            batch_seconds=60.0,
+            num_buckets=6,
+            rows_multiple=2,
+            workers=2,
+        ),
+        augment=AugmentConfig(speed=0.1, mel_warp=0.05, freq_masks=2, freq_mask_bins=20, time_masks=2),
+        model=ModelConfig(width=320, layers=5, hidden=256, dropout=0.1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=500),
+        training=TrainingConfig(epochs=20, eval_every=600),
+    )

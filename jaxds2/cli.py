@@ -1,0 +1,307 @@
+"""The command line: `jaxds2 prepare | check | train | eval | lm | transcribe | digest | demo`. Arguments only, no logic.
+
+Heavy modules are imported by the command that needs them, so that `--help` and a typo answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxds2.config import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from jaxds2.decoding.beam import BeamDecoder
+
+FAILURE, WRONG_USE = 1, 2
+
+CORPORA = ("demo", "an4", "librispeech", "mini-librispeech", "common-voice", "ljspeech")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong use, 75 stopped and resumable."""
+    parser = argparse.ArgumentParser(prog="jaxds2", description="Deep Speech 2 with parallel minGRU.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_prepare(commands.add_parser("prepare", help="turn a corpus into manifests"))
+    add_check(commands.add_parser("check", help="audit manifests and their audio"))
+    add_train(commands.add_parser("train", help="train a model (also: python train.py)"))
+    add_eval(commands.add_parser("eval", help="word error rate of a run (also: python eval.py)"))
+    add_lm(commands.add_parser("lm", help="n-gram language models"))
+    add_transcribe(commands.add_parser("transcribe", help="text of audio files"))
+    add_digest(commands.add_parser("digest", help="checksum of a run's newest parameters"))
+    add_demo(commands.add_parser("demo", help="prepare, train and evaluate the spoken demo corpus"))
+    return run(parser, argv)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`python train.py`."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
+    add_train(parser)
+    return run(parser, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """`python eval.py`."""
+    parser = argparse.ArgumentParser(prog="eval.py", description="Word and character error rate of a run.")
+    add_eval(parser)
+    return run(parser, argv)
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, call, and turn our own errors and the operating system's into one line."""
+    arguments = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.call
+    try:
+        return command(arguments)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return WRONG_USE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head`: nobody reads on
+        return 0
+    except (ValueError, OSError) as e:
+        if not (isinstance(e, OSError) or type(e).__module__.startswith("jaxds2.")):
+            raise  # a fault of ours: the traceback is wanted
+        print(f"error: {e}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 prepare`."""
+    parser.add_argument("corpus", choices=CORPORA)
+    parser.add_argument("--source", type=Path, help="folder of the corpus in its original layout")
+    parser.add_argument("--out", type=Path, help="folder for the manifests (default: data/CORPUS)")
+    parser.add_argument("--download", action="store_true", help="fetch the official archives first")
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="LibriSpeech: only these, e.g. train-clean-100")
+    parser.add_argument("--seed", type=int, default=0, help="demo: seed of the corpus")
+    parser.add_argument("--workers", type=int, help="demo: processes (default: one per core)")
+    parser.set_defaults(call=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from jaxds2.data import corpora
+
+    corpus, out = arguments.corpus, arguments.out or Path("data") / arguments.corpus.replace("-", "_")
+    if arguments.splits and corpus != "librispeech":
+        raise ConfigError("--splits is for `prepare librispeech`")
+    if corpus == "demo":
+        if arguments.source or arguments.download:
+            raise ConfigError("`prepare demo` speaks its own corpus; leave out --source and --download")
+        from jaxds2.data.spoken import prepare_demo
+
+        manifests = prepare_demo(out, seed=arguments.seed, workers=arguments.workers)
+    else:
+        source = arguments.source
+        if arguments.download:
+            source = corpora.download_corpus(corpus, source or out, arguments.splits)
+        if source is None:
+            raise ConfigError(f"say where {corpus} is with --source DIR, or fetch it with --download")
+        if corpus == "an4":
+            manifests = corpora.prepare_an4(source, out)
+        elif corpus == "librispeech":
+            manifests = corpora.prepare_librispeech(source, out, splits=arguments.splits)
+        elif corpus == "mini-librispeech":
+            manifests = corpora.prepare_mini_librispeech(source, out)
+        elif corpus == "common-voice":
+            manifests = corpora.prepare_common_voice(source, out)
+        else:
+            manifests = corpora.prepare_ljspeech(source, out)
+    for manifest in manifests:
+        print(manifest)
+    return 0
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 check`."""
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
+    parser.add_argument("--config", type=Path, help="alphabet and subsampling to check against (default: the defaults)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here (default: none)")
+    parser.set_defaults(call=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import json
+
+    from jaxds2.config import Config, TrainingConfig
+    from jaxds2.data.audit import audit
+    from jaxds2.inference.recognizer import output_frames
+    from jaxds2.text import Vocabulary
+
+    config = load_config(arguments.config) if arguments.config else Config("check", training=TrainingConfig(steps=1))
+    result = audit(
+        arguments.manifests,
+        vocabulary=Vocabulary(config.data.characters),
+        features=config.features,
+        output_frames=lambda num_samples: output_frames(num_samples, config),
+    )
+    print(result.render())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return FAILURE if result.errors else 0
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 train`."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="e.g. configs/an4.py")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
+    parser.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
+    parser.add_argument("--dry-run", action="store_true", help="parameters, shapes, FLOPs and memory; no training")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.set_defaults(call=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.init_from:
+        overrides.append(f"training.init_from={arguments.init_from}")
+    config = load_config(arguments.config, overrides)
+    if arguments.dry_run:
+        from jaxds2.training.dryrun import dry_run
+
+        print(dry_run(config).render())
+        return 0
+    from jaxds2.training.loop import train as train_run
+
+    return train_run(config, arguments.run or Path("runs") / config.name)
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """Options that choose a decoder."""
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
+    parser.add_argument("--lm", type=Path, metavar="FILE", help="beam: n-gram model, ARPA or KenLM binary")
+    parser.add_argument("--alpha", type=float, default=0.5, help="beam: weight of the language model (default: 0.5)")
+    parser.add_argument("--beta", type=float, default=1.0, help="beam: bonus per word (default: 1.0)")
+    parser.add_argument("--beam-width", type=int, default=100, help="beam: hypotheses kept (default: 100)")
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("best", "last"):
+        return text
+    if not text.isdigit():
+        raise ConfigError(f"--checkpoint {text}: expected best, last or a step")
+    return int(text)
+
+
+def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None":
+    """The beam decoder that the options describe; None for greedy."""
+    if arguments.decoder == "greedy":
+        if arguments.lm is not None:
+            raise ConfigError("--lm is for --decoder beam")
+        return None
+    from jaxds2.decoding.beam import BeamDecoder
+    from jaxds2.text import Vocabulary
+
+    return BeamDecoder(
+        Vocabulary(characters),
+        lm=arguments.lm,
+        alpha=arguments.alpha,
+        beta=arguments.beta,
+        beam_width=arguments.beam_width,
+    )
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 eval`."""
+    add_decoder(parser)
+    parser.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
+    parser.set_defaults(call=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from jaxds2.evaluation.report import score_run
+    from jaxds2.inference.recognizer import Recognizer
+
+    recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+    beam = _beam(arguments, recognizer.vocabulary.characters)
+    kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
+    manifest = arguments.manifest.absolute()
+    name = arguments.name or f"{manifest.parent.name}-{manifest.stem}-{kind}"
+    folder = arguments.run / "eval" / name
+    score_run(recognizer, arguments.manifest, beam, folder=folder, checkpoint=arguments.checkpoint)
+    return 0
+
+
+def add_lm(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 lm`."""
+    commands = parser.add_subparsers(dest="lm_command", required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="an ARPA n-gram model from text")
+    build.add_argument(
+        "text", type=Path, nargs="+", metavar="TEXT", help="plain text, a sentence a line, or a manifest"
+    )
+    build.add_argument("--order", type=int, default=3, help="longest n-gram (default: 3)")
+    build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write")
+    build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
+    build.set_defaults(call=_lm_build)
+
+
+def _lm_build(arguments: argparse.Namespace) -> int:
+    from jaxds2.config import DataConfig
+    from jaxds2.decoding.lm import build_ngram, read_sentences
+    from jaxds2.text import Vocabulary
+
+    vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
+    sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
+    print(build_ngram(sentences, arguments.out, order=arguments.order))
+    return 0
+
+
+def add_transcribe(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 transcribe`."""
+    add_decoder(parser)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.set_defaults(call=_transcribe)
+
+
+def _transcribe(arguments: argparse.Namespace) -> int:
+    from jaxds2.decoding.greedy import greedy_decode
+    from jaxds2.inference.recognizer import Recognizer
+    from jaxds2.inference.transcribe import transcribe
+
+    recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+    beam = _beam(arguments, recognizer.vocabulary.characters)
+    decode = beam.decode if beam else lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
+    transcripts = transcribe(recognizer, arguments.files, decode)
+    for t in transcripts:
+        if t.error is not None:
+            print(f"error: {t.error}", file=sys.stderr)
+        else:
+            print(f"{t.path}: {t.text}" if len(arguments.files) > 1 else t.text)
+    return FAILURE if any(t.error is not None for t in transcripts) else 0
+
+
+def add_digest(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 digest`."""
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.set_defaults(call=_digest)
+
+
+def _digest(arguments: argparse.Namespace) -> int:
+    from jaxds2.training.checkpoint import Checkpoints, digest
+
+    with Checkpoints(arguments.run / "checkpoints") as checkpoints:
+        step = checkpoints.resolve("last")
+        print(digest(*checkpoints.restore_weights(step)), step)
+    return 0
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 demo`, which `make demo` calls."""
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.py"), metavar="FILE")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.set_defaults(call=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from jaxds2.demo import demo
+
+    config = load_config(arguments.config, arguments.overrides)
+    return demo(config, arguments.run or Path("runs") / config.name)

@@ -1,0 +1,158 @@
+"""Prefix beam search with an n-gram language model: pyctcdecode over KenLM.
+
+A text scores log P_CTC + alpha log P_LM + beta (number of words), summed over the alignments that survive the pruning
+(Hannun et al. 2014, "First-Pass Large Vocabulary Continuous Speech Recognition").
+"""
+
+import hashlib
+import logging
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxds2.decoding.lm import LMError, load_model, load_unigrams
+from jaxds2.text import Vocabulary
+
+if TYPE_CHECKING:
+    from pyctcdecode.language_model import LanguageModel
+
+INSTALL = "pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"
+
+UNKNOWN_OFFSET = -10.0
+"""Added to log10 P_LM of a word that the language model does not know."""
+
+
+class DecoderError(ValueError):
+    """A decoder that cannot be set up, or input that it cannot decode; its message is one line for the user."""
+
+
+class BeamDecoder:
+    """Beam search over characters, words ending at spaces."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        lm: Path | None = None,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        beam_width: int = 100,
+        beam_prune_logp: float = -10.0,
+        token_min_logp: float = -5.0,
+    ) -> None:
+        """Load the language model and check that the alphabet spells its words.
+
+        Args:
+          vocabulary: the model's alphabet.
+          lm: ARPA file or KenLM binary; None searches without one.
+          alpha: weight of the language model.
+          beta: bonus per word, in nats; like alpha without effect where there is no language model.
+          beam_width: prefixes kept after each frame.
+          beam_prune_logp: prefixes further than this below the best, in nats, are dropped.
+          token_min_logp: classes of a frame below this log-probability are not tried, but for the best one.
+
+        Raises:
+          DecoderError: pyctcdecode is missing, a setting out of range, or a language model of another alphabet.
+          LMError: the language model cannot be read.
+        """
+        if beam_width < 1:
+            raise DecoderError(f"beam width {beam_width}: must be at least 1")
+        if max(beam_prune_logp, token_min_logp) >= 0:
+            raise DecoderError(f"pruning at {beam_prune_logp} and {token_min_logp} nats: both must be below 0")
+        if not (np.isfinite(alpha) and np.isfinite(beta) and alpha >= 0):
+            raise DecoderError(f"alpha {alpha}, beta {beta}: alpha must be 0 or more, both finite")
+        # Its remarks, such as on small word lists, are for its own command line; what matters here is an error.
+        logging.getLogger("pyctcdecode").setLevel(logging.ERROR)
+        try:
+            from pyctcdecode.alphabet import Alphabet
+            from pyctcdecode.decoder import BeamSearchDecoderCTC
+        except ImportError as e:
+            raise DecoderError(f"beam search needs pyctcdecode ({e}): {INSTALL}") from None
+
+        self.vocabulary = vocabulary
+        self._pruning = {
+            "beam_width": beam_width,
+            "beam_prune_logp": float(beam_prune_logp),
+            "token_min_logp": float(token_min_logp),
+        }
+        self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"}
+        self.settings |= self._pruning
+        model = None
+        if lm is not None:
+            model, described = _language_model(lm, vocabulary, float(alpha), float(beta))
+            self.settings |= described
+        self._decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), model)
+
+    def decode(self, log_probs_UV: np.ndarray) -> str:
+        """The best text of one utterance, with single spaces between words.
+
+        Args:
+          log_probs_UV: log-probabilities of its own frames, without padding.
+
+        Raises:
+          DecoderError: another number of classes than the vocabulary's, or values that are not numbers.
+        """
+        if log_probs_UV.ndim != 2 or log_probs_UV.shape[1] != self.vocabulary.size:
+            raise DecoderError(f"log-probabilities of shape {log_probs_UV.shape}: expected (U, {self.vocabulary.size})")
+        if np.isnan(log_probs_UV).any():
+            raise DecoderError("log-probabilities hold NaN: the model's weights or its input are damaged")
+        if len(log_probs_UV) == 0:
+            return ""
+        return self._decoder.decode(np.asarray(log_probs_UV, np.float32), **self._pruning)
+
+
+def _language_model(
+    path: Path, vocabulary: Vocabulary, alpha: float, beta: float
+) -> tuple["LanguageModel", dict[str, Any]]:
+    """The language model for pyctcdecode, and what a report says of it."""
+    words = load_unigrams(path)
+    if " " not in vocabulary.characters:
+        raise DecoderError(f"{path}: a model of words needs a space in the alphabet {vocabulary.characters!r}")
+    spelled = [word for word in words if not vocabulary.unknown(word)]
+    if 2 * len(spelled) < len(words):
+        foreign = next(word for word in words if vocabulary.unknown(word))
+        hint = "; write its words in lower case" if foreign.lower() != foreign else ""
+        raise DecoderError(
+            f"{path}: {len(words) - len(spelled)} of its {len(words)} words, such as {foreign!r}, cannot be spelled in "
+            f"the alphabet {vocabulary.characters!r}: this is the language model of another vocabulary{hint}"
+        )
+    model = load_model(path)
+    known = [word for word in spelled if word in model]
+    if 2 * len(known) < len(spelled):
+        raise LMError(
+            f"{path}: knows {len(known)} of the {len(spelled)} words listed for it: the list is another model's"
+        )
+    import kenlm
+    from pyctcdecode.language_model import LanguageModel
+
+    class WordModel(LanguageModel):
+        """Takes the nothing behind a last space for no word.
+
+        pyctcdecode 0.5.0 scores it as one more, unknown word. Since it merges `a b` with `a b `, and keeps the score of
+        whichever stood higher, it drops right texts wherever beta outweighs the price of a word.
+        """
+
+        def score(self, prev_state, word, is_last_word=False):
+            if word:
+                return super().score(prev_state, word, is_last_word)
+            end = model.BaseScore(prev_state, "</s>", kenlm.State()) if is_last_word else 0.0
+            return self.alpha * end * math.log(10), prev_state
+
+    described = {
+        "lm": str(path),
+        "lm_sha256": _sha256(path),
+        "lm_order": model.order,
+        "lm_words": len(known),
+        "alpha": alpha,
+        "beta": beta,
+        "unknown_offset": UNKNOWN_OFFSET,
+    }
+    return WordModel(model, known, alpha=alpha, beta=beta, unk_score_offset=UNKNOWN_OFFSET), described
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,215 @@
+"""n-gram language models: their text, building one, loading one.
+
+A model is an ARPA file, or a KenLM binary made of one. KenLM's binaries keep no list of their words, which beam search
+needs, so a word list lies beside each model: `lm.vocab.txt` for `lm.arpa` and `lm.binary`.
+"""
+
+import contextlib
+import gzip
+import io
+import math
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from jaxds2.data.manifest import read_manifest
+
+if TYPE_CHECKING:
+    import kenlm
+
+MIN_ORDER, MAX_ORDER = 2, 6
+"""What KenLM as it is packaged reads."""
+
+INSTALL = "pip install 'jaxds2[lm]'"
+
+_BINARY_MAGIC = b"mmap lm http://kheafield.com/code"
+_MARKS = frozenset(("<s>", "</s>", "<unk>"))
+_MIN_DISCOUNT, _FALLBACK_DISCOUNT = 0.1, 0.5
+
+
+class LMError(ValueError):
+    """A language model that cannot be built or used; its message is one line for the user."""
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The sentences of a text file, one a line, blank lines left out; of a `.jsonl` manifest, its texts.
+
+    Raises:
+      LMError: no such file, or not UTF-8. ManifestError: a bad manifest.
+    """
+    if path.suffix == ".jsonl":
+        return [u.text for u in read_manifest(path)]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise LMError(f"{path}: cannot be read as text ({_reason(e)})") from None
+    return [line for line in lines if line.strip()]
+
+
+def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
+    """Estimate a back-off n-gram model with Kneser-Ney smoothing and write it with its word list.
+
+    Kneser & Ney (1995), one discount D = n1 / (n1 + 2 n2) per order (n1, n2: n-grams seen once, twice), counted by
+    kaldingram in pure Python, so that every machine writes the same file. On small text two things are added. Unigrams
+    are discounted too, and what that frees goes to `<unk>`: so the model sums to 1 after every history and an unknown
+    word has a probability. Where counts leave no usable D, it is 0.5.
+
+    Args:
+      sentences: normalised text; words are what white space separates, blank sentences are left out.
+      out: the ARPA file to write; its words go to the same name with `.vocab.txt`, one a line, sorted.
+      order: length of the longest n-grams, 2 to 6.
+
+    Returns:
+      out.
+
+    Raises:
+      LMError: kaldingram is missing, order out of range or above what the sentences hold, fewer than two sentences.
+    """
+    if not MIN_ORDER <= order <= MAX_ORDER:
+        raise LMError(f"order {order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
+    try:
+        from kaldingram.train import NgramCounts
+    except ImportError:
+        raise LMError(f"building a language model needs kaldingram: {INSTALL}") from None
+
+    counts = NgramCounts(order)
+    words: set[str] = set()
+    num_sentences = longest = 0
+    for sentence in tqdm(sentences, desc="count n-grams", unit="sentence", leave=False):
+        tokens = sentence.split()
+        if not tokens:
+            continue
+        counts.add_raw_counts_from_line(" ".join(tokens))
+        words.update(tokens)
+        num_sentences += 1
+        longest = max(longest, len(tokens) + 2)
+    if num_sentences < 2:
+        raise LMError(
+            f"the text holds {num_sentences} sentence(s): a language model needs two or more, one a line "
+            f"(or a .jsonl manifest)"
+        )
+    if longest < order:
+        raise LMError(
+            f"order {order}: with its two ends the longest sentence makes {longest} tokens; use at most {longest}"
+        )
+    if reserved := sorted(words & _MARKS):
+        raise LMError(f"the text holds {reserved[0]}, which a language model keeps for itself: remove it")
+
+    arpa = io.StringIO()
+    stages = (partial(_set_discounts, counts), counts.cal_f, counts.cal_bow, partial(counts.print_as_arpa, arpa))
+    bar = tqdm(stages, desc="estimate", unit="stage", leave=False)
+    with contextlib.redirect_stderr(io.StringIO()):  # the library draws a bar for every order of every stage
+        for stage in bar:
+            stage()
+    unigrams = counts.counts[0][()].word_to_f
+    unknown = 1.0 - sum(unigrams.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(vocabulary_path(out), "".join(f"{word}\n" for word in sorted(words)))
+    _write(out, _with_unknown(arpa.getvalue(), len(unigrams), unknown))
+    return out
+
+
+def _set_discounts(counts) -> None:
+    counts.cal_discounting_constants()
+    unigrams = counts.counts[0][()]
+    frequencies = [len(contexts) for contexts in unigrams.word_to_context.values()]
+    once, twice = frequencies.count(1), frequencies.count(2)
+    counts.d[0] = once / (once + 2 * twice) if once else 0.0
+    # At D = 1 what was seen once would be as good as unseen; at 0 nothing is left for what was not.
+    counts.d = [_FALLBACK_DISCOUNT if d >= 1 else max(d, _MIN_DISCOUNT) for d in counts.d]
+
+
+def _with_unknown(arpa: str, num_unigrams: int, probability: float) -> str:
+    """The ARPA text with an entry for `<unk>`, without which KenLM takes unknown words for impossible."""
+    arpa = arpa.replace(f"ngram 1={num_unigrams}\n", f"ngram 1={num_unigrams + 1}\n", 1)
+    return arpa.replace("\\1-grams:\n", f"\\1-grams:\n{math.log10(probability):.7f}\t<unk>\n", 1)
+
+
+def vocabulary_path(path: Path) -> Path:
+    """Where the word list of a model lies."""
+    return path.with_suffix(".vocab.txt")
+
+
+def load_unigrams(path: Path) -> list[str]:
+    """The words of a language model: of an ARPA file (also gzipped), or of the list beside a KenLM binary.
+
+    `<s>`, `</s>` and `<unk>` are left out.
+
+    Raises:
+      LMError: no such file, neither ARPA nor KenLM's, or a binary without its list.
+    """
+    try:
+        with path.open("rb") as f:
+            head = f.read(len(_BINARY_MAGIC))
+        if head == _BINARY_MAGIC:
+            return _listed_words(path)
+        with gzip.open(path, "rt", encoding="utf-8") if head[:2] == b"\x1f\x8b" else path.open(encoding="utf-8") as f:
+            words = _arpa_words(f)
+    except FileNotFoundError:
+        raise LMError(f"no language model {path}; build one with `jaxds2 lm build TEXT --out {path}`") from None
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise LMError(f"{path}: cannot be read ({_reason(e)})") from None
+    if not words:
+        raise LMError(f"{path}: holds no \\1-grams: section with words; expected an ARPA file or a KenLM binary")
+    return words
+
+
+def _arpa_words(lines: Iterable[str]) -> list[str]:
+    words: list[str] = []
+    inside = False
+    for line in lines:
+        if line.startswith("\\"):
+            if inside:
+                break
+            inside = line.strip() == "\\1-grams:"
+        elif inside and (fields := line.split()):
+            words.append(fields[1] if len(fields) > 1 else "")
+    return [word for word in words if word and word.lower() not in _MARKS]
+
+
+def _listed_words(path: Path) -> list[str]:
+    listed = vocabulary_path(path)
+    if not listed.is_file():
+        raise LMError(
+            f"{path}: a KenLM binary keeps no list of its words, and there is no {listed} with them, one a line; "
+            f"`jaxds2 lm build` writes one beside its ARPA file"
+        )
+    words = listed.read_text(encoding="utf-8").split()
+    if not words:
+        raise LMError(f"{listed}: holds no words; expected those of {path.name}, one a line")
+    return [word for word in words if word.lower() not in _MARKS]
+
+
+def load_model(path: Path) -> "kenlm.Model":
+    """Load a model into KenLM, silently.
+
+    Raises:
+      LMError: kenlm is missing, or refuses the file.
+    """
+    try:
+        import kenlm
+    except ImportError:
+        raise LMError(f"a language model needs kenlm: {INSTALL}") from None
+    config = kenlm.Config()
+    config.show_progress = False
+    config.arpa_complain = kenlm.ARPALoadComplain.NONE
+    try:
+        return kenlm.Model(str(path), config)
+    except (OSError, RuntimeError, ValueError) as e:
+        reason = _reason(e).rpartition("threw ")[2]  # behind the place in KenLM's C++
+        raise LMError(f"{path}: KenLM cannot read it ({reason})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

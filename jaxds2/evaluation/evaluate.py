@@ -1,0 +1,115 @@
+"""Score a recogniser on a manifest."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxds2.data.manifest import Utterance
+from jaxds2.evaluation.metrics import EditCounts, count_character_edits, count_word_edits
+from jaxds2.inference.recognizer import Recognizer
+
+Decode = Callable[[np.ndarray], str]
+"""log_probs_UV of one utterance to its text."""
+
+
+class EvaluationError(ValueError):
+    """A manifest that could not be scored whole; nothing is scored on part of it."""
+
+
+class Interrupted(Exception):  # noqa: N818: a request, not a failure
+    """Evaluation was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a recogniser made of a manifest, in the manifest's order."""
+
+    ids: list[str]
+    refs: list[str]
+    hyps: list[str]
+    words: EditCounts
+    characters: EditCounts
+    loss: float | None
+    """Nats per label over the utterances whose label fits; None where the labels were not needed."""
+    audio_seconds: float
+    wall_seconds: float
+    example: np.ndarray
+    """log_probs_UV of the first utterance, to look at."""
+
+    @property
+    def rtfx(self) -> float:
+        """Seconds of audio per second of the clock, without loading and compiling the model."""
+        return self.audio_seconds / self.wall_seconds
+
+
+def evaluate(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    decode: Decode,
+    *,
+    with_loss: bool = False,
+    warm_up: bool = True,
+    progress: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Scores:
+    """Decode every utterance once and count its edits.
+
+    Args:
+      recognizer: the model and its weights.
+      utterances: references are normalised by the model's vocabulary.
+      decode: log-probabilities to text.
+      with_loss: also the CTC loss, which needs references that the vocabulary can spell.
+      warm_up: compile every batch shape before the clock starts.
+      progress: show a bar.
+      should_stop: polled at each batch.
+
+    Raises:
+      EvaluationError: a recording could not be read.
+      Interrupted: should_stop() said so.
+    """
+    plan = recognizer.plan(utterances)
+    if warm_up:
+        recognizer.warm_up(plan)
+    hyps: dict[int, str] = {}
+    failed: list[str] = []
+    nats, labels = 0.0, 0
+    example = np.zeros((0, recognizer.vocabulary.size), np.float32)
+    start = time.perf_counter()
+    with tqdm(total=len(utterances), desc="evaluate", unit="utt", disable=not progress, leave=False) as bar:
+        for index_B, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
+            if should_stop():
+                raise Interrupted
+            failed += failures
+            for row, index in enumerate(index_B.tolist()):
+                if index < 0:
+                    continue
+                log_probs_UV = output.log_probs_BUV[row, : output.logit_lengths_B[row]]
+                hyps[index] = decode(log_probs_UV)
+                if output.loss_B[row] > 0:
+                    nats += float(output.loss_B[row])
+                    labels += len(recognizer.vocabulary.normalize(utterances[index].text))
+                if index == 0:
+                    example = log_probs_UV
+                bar.update()
+    wall_seconds = time.perf_counter() - start
+    if failed:
+        shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
+        raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
+    if sorted(hyps) != list(range(len(utterances))):
+        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: the batching plan is at fault")
+    refs = [recognizer.vocabulary.normalize(u.text) for u in utterances]
+    texts = [hyps[i] for i in range(len(utterances))]
+    return Scores(
+        ids=[u.id for u in utterances],
+        refs=refs,
+        hyps=texts,
+        words=count_word_edits(refs, texts),
+        characters=count_character_edits(refs, texts),
+        loss=nats / max(labels, 1) if with_loss else None,
+        audio_seconds=sum(u.duration for u in utterances),
+        wall_seconds=wall_seconds,
+        example=example,
+    )

@@ -1,0 +1,118 @@
+"""A trained model, ready to turn recordings into log-probabilities."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxds2.config import Config, read_config
+from jaxds2.data.manifest import Utterance, manifest_digest
+from jaxds2.data.pipeline import Batch, load_batches
+from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.data.plan import BatchPlan
+from jaxds2.features import num_frames
+from jaxds2.model.deepspeech2 import Params, create, output_lengths
+from jaxds2.text import Vocabulary
+from jaxds2.training.checkpoint import Checkpoints
+from jaxds2.training.step import EvalOutput, make_eval_step
+
+
+def compute_dtype(config: Config) -> jax.typing.DTypeLike:
+    """The dtype that training.precision stands for on the default device."""
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def output_frames(num_samples, config: Config):
+    """Output frames U of a waveform of S samples at the config's rate (int or array)."""
+    return output_lengths(num_frames(num_samples, config.features), config.model)
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """The model of a run with one set of weights.
+
+    `eval_step` is jitted once and shared by the recognizers of a training run, whose weights change.
+    """
+
+    config: Config
+    vocabulary: Vocabulary
+    mesh: Mesh
+    eval_step: Callable[[Params, Batch], EvalOutput]
+    params: Params
+    step: int
+    """Training step that the weights are from."""
+
+    @classmethod
+    def load(cls, run_dir: Path, checkpoint: str | int = "best") -> "Recognizer":
+        """Load a run's averaged weights where it has them, else its weights.
+
+        Args:
+          run_dir: folder of a run of train.py.
+          checkpoint: `best`, `last` or a step.
+
+        Raises:
+          ConfigError: not a run. CheckpointError: no such checkpoint, or a damaged one.
+        """
+        config = read_config(run_dir / "config.json")
+        with Checkpoints(run_dir / "checkpoints") as checkpoints:
+            step = checkpoints.resolve(checkpoint)
+            params = checkpoints.restore_params(step)
+        vocabulary = Vocabulary(config.data.characters)
+        mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
+        apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
+        eval_step = jax.jit(make_eval_step(apply, config.features))
+        return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
+
+    def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:
+        """Batches that hold every utterance exactly once, of similar lengths together."""
+        return BatchPlan(
+            np.array([u.duration for u in utterances]),
+            np.array([len(u.text) for u in utterances]),
+            digest=manifest_digest(utterances),
+            data=self.config.data,
+            seed=0,
+            shuffle=False,
+        )
+
+    def warm_up(self, plan: BatchPlan) -> None:
+        """Compile for every batch shape of a plan."""
+        for bucket in plan.buckets:
+            none_B = np.zeros(bucket.rows, np.int32)
+            batch = Batch(
+                audio_BS=np.zeros((bucket.rows, bucket.num_samples), np.int16),
+                audio_lengths_B=none_B,
+                labels_BN=np.zeros((bucket.rows, bucket.num_labels), np.int32),
+                label_lengths_B=none_B,
+                index_B=none_B - 1,
+                epoch=np.int32(0),
+            )
+            jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
+
+    def run(
+        self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
+    ) -> Iterator[tuple[np.ndarray, EvalOutput, tuple[str, ...]]]:
+        """The model's output for each batch of the first epoch of a plan.
+
+        Args:
+          utterances: what the plan was made of.
+          plan: see `plan`.
+          with_labels: encode the transcripts too, for the loss.
+
+        Yields:
+          index_B into utterances (-1: filler), the output on the host, and a line for each recording that failed.
+        """
+        vocabulary = self.vocabulary if with_labels else None
+        steps = plan.num_steps(0)
+        with load_batches(
+            utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=self.config.data.workers
+        ) as batches:
+            for loaded in batches:
+                output = self.eval_step(self.params, place(loaded.batch, self.mesh))
+                yield np.asarray(loaded.batch.index_B), jax.device_get(output), loaded.failures

@@ -1,0 +1,54 @@
+"""Audio files to text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxds2.audio import AudioError, probe_audio
+from jaxds2.data.manifest import Utterance
+from jaxds2.inference.recognizer import Recognizer
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What became of one file: its text, or why there is none."""
+
+    path: Path
+    text: str = ""
+    error: str | None = None
+
+
+def transcribe(recognizer: Recognizer, paths: Sequence[Path], decode: Callable[[np.ndarray], str]) -> list[Transcript]:
+    """Transcribe files of any rate, channel count and format that libsndfile reads, several at a time.
+
+    A file that cannot be read does not keep the others from coming out.
+
+    Args:
+      recognizer: the model and its weights.
+      paths: audio files; the transcripts come in this order.
+      decode: log_probs_UV of one file to its text.
+    """
+    transcripts: list[Transcript] = [Transcript(path) for path in paths]
+    utterances: list[Utterance] = []
+    positions: list[int] = []
+    for position, path in enumerate(paths):
+        try:
+            duration = probe_audio(path).duration
+        except AudioError as e:
+            transcripts[position] = Transcript(path, error=str(e))
+            continue
+        utterances.append(Utterance(id=str(position), audio_filepath=path, duration=duration, text=""))
+        positions.append(position)
+    if not utterances:
+        return transcripts
+    for index_B, output, failures in recognizer.run(utterances, recognizer.plan(utterances), with_labels=False):
+        for row, index in enumerate(index_B.tolist()):
+            if index >= 0:
+                text = decode(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
+                transcripts[positions[index]] = Transcript(paths[positions[index]], text=text)
+        for line in failures:
+            identifier, _, message = line.partition(": ")
+            transcripts[int(identifier)] = Transcript(paths[int(identifier)], error=message)
+    return transcripts

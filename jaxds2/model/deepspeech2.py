@@ -1,0 +1,257 @@
+"""Deep Speech 2 (Amodei et al. 2015, arXiv 1512.02595) with minGRU layers in place of its recurrent ones.
+
+Convolutions over time and frequency, a linear layer, N pre-norm residual minGRU layers (bidirectional, or unidirectional
+with the paper's lookahead convolution), a CTC head. Every layer knows the lengths: what stands in the padding, NaN
+included, never reaches a valid frame, so an utterance gets the same log-probabilities in any batch.
+"""
+
+from typing import Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxds2.config import ModelConfig
+from jaxds2.model.mingru import MinGRU
+
+Count = TypeVar("Count", int, np.ndarray, jax.Array)
+
+Params = dict[str, jax.Array]
+"""Parameters by their path in the model, e.g. `layers.0.forward.gate.kernel`, all float32."""
+
+
+def output_lengths(num_frames: Count, model: ModelConfig) -> Count:
+    """Output frames U of an input of T frames: each convolution of time stride s makes ceil(T / s)."""
+    for stride, _ in model.conv_strides:
+        num_frames = -(-num_frames // stride)
+    return num_frames
+
+
+def subsampling_factor(model: ModelConfig) -> int:
+    """Input frames per output frame."""
+    return int(np.prod([stride for stride, _ in model.conv_strides]))
+
+
+def _mask(x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Zero beyond each utterance's length."""
+    valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
+    return jnp.where(valid_UB1, x_UBD, jnp.zeros((), x_UBD.dtype))
+
+
+class Dropout:
+    """Dropout with one mask for all frames of an utterance, drawn from that utterance's own key.
+
+    The mask does not depend on the batch around the utterance, nor on the number of devices. `keys_B` None: no dropout.
+    """
+
+    def __init__(self, rate: float, keys_B: jax.Array | None):
+        self.rate = rate
+        self.keys_B = keys_B
+        self.uses = 0
+
+    def __call__(self, x_UBD: jax.Array) -> jax.Array:
+        """Drop whole channels of x and scale the rest by 1 / (1 - rate)."""
+        if self.keys_B is None or self.rate == 0:
+            return x_UBD
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(self.keys_B, self.uses)
+        self.uses += 1  # counts while tracing: every place in the model has its own stream
+        keep_BD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_UBD.shape[2:]))(keys_B)
+        scale_BD = jnp.where(keep_BD, 1 / (1 - self.rate), 0.0).astype(x_UBD.dtype)
+        return x_UBD * scale_BD[None]
+
+
+class FrontEnd(nnx.Module):
+    """Convolutions over (time, frequency), GELU after each, and a linear layer to the model's width."""
+
+    def __init__(self, num_mels: int, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        channels = (1, *model.conv_channels)
+        self.convs = nnx.List(
+            nnx.Conv(
+                channels[i],
+                channels[i + 1],
+                kernel_size=kernel,
+                strides=stride,
+                padding=tuple((k // 2, k // 2) for k in kernel),
+                kernel_init=nnx.initializers.he_normal(),
+                dtype=dtype,
+                param_dtype=jnp.float32,
+                rngs=rngs,
+            )
+            for i, (kernel, stride) in enumerate(zip(model.conv_kernels, model.conv_strides, strict=True))
+        )
+        bins = num_mels
+        for _, stride in model.conv_strides:
+            bins = -(-bins // stride)
+        self.linear = nnx.Linear(bins * channels[-1], model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.time_strides = tuple(stride for stride, _ in model.conv_strides)
+
+    def __call__(self, features_BTF: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-mel features to x_UBD (time-major) and its lengths_B."""
+
+        def mask(x_BTFC: jax.Array, lengths_B: jax.Array) -> jax.Array:
+            valid_BT = jnp.arange(x_BTFC.shape[1])[None, :] < lengths_B[:, None]
+            return jnp.where(valid_BT[:, :, None, None], x_BTFC, jnp.zeros((), x_BTFC.dtype))
+
+        x_BTFC = mask(features_BTF[..., None], lengths_B)
+        for conv, stride in zip(self.convs, self.time_strides, strict=True):
+            lengths_B = -(-lengths_B // stride)
+            # A window at the utterance's edge sees zeros there, as it would in a batch of its own.
+            x_BTFC = mask(jax.nn.gelu(conv(x_BTFC), approximate=True), lengths_B)
+        x_UBFC = jnp.swapaxes(x_BTFC, 0, 1)
+        return _mask(self.linear(x_UBFC.reshape(*x_UBFC.shape[:2], -1)), lengths_B), lengths_B
+
+
+class DepthwiseConv(nnx.Module):
+    """A filter over time per channel, y_t = sum_k w_k x_{t + k - left}: `left` frames of past, `right` of future.
+
+    With left = 0 it is the lookahead ("row") convolution of Deep Speech 2, section 3.6. It starts out near the identity.
+    """
+
+    def __init__(self, width: int, *, left: int, right: int, rngs: nnx.Rngs):
+        noise_KD = 0.1 * jax.random.normal(rngs.params(), (left + 1 + right, width))
+        self.kernel_KD = nnx.Param(noise_KD.at[left].add(1.0))
+        self.left = left
+        self.right = right
+
+    def __call__(self, x_UBD: jax.Array) -> jax.Array:
+        """x_UBD, zero in its padding, to y_UBD."""
+        padded = jnp.pad(x_UBD, ((self.left, self.right), (0, 0), (0, 0)))
+        kernel_KD = self.kernel_KD[...].astype(x_UBD.dtype)
+        shifted = (padded[k : k + x_UBD.shape[0]] * kernel_KD[k][None, None] for k in range(kernel_KD.shape[0]))
+        return sum(shifted, start=jnp.zeros_like(x_UBD))
+
+
+class FeedForward(nnx.Module):
+    """W_out gelu(W_in norm(x)), frame by frame."""
+
+    def __init__(self, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.inner = nnx.Linear(model.width, model.feed_forward, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.outer = nnx.Linear(model.feed_forward, model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x_UBD: jax.Array) -> jax.Array:
+        """x_UBD to the block's output, without the residual."""
+        return self.outer(jax.nn.gelu(self.inner(self.norm(x_UBD)), approximate=True))
+
+
+class RecurrentLayer(nnx.Module):
+    """x + W [forward; backward](depthwise(norm(x))), then optionally x + feed_forward(norm(x))."""
+
+    def __init__(self, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        def mingru() -> MinGRU:
+            return MinGRU(
+                model.width,
+                model.hidden,
+                candidate=model.candidate,
+                gate_bias=model.gate_bias,
+                implementation=model.scan,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        right = model.depthwise_kernel // 2 if model.bidirectional else 0
+        left = model.depthwise_kernel - 1 - right
+        self.depthwise = DepthwiseConv(model.width, left=left, right=right, rngs=rngs) if left >= 0 else None
+        self.forward = mingru()
+        self.backward = mingru() if model.bidirectional else None
+        states = model.hidden * (2 if model.bidirectional else 1)
+        self.output = nnx.Linear(states, model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.feed_forward = FeedForward(model, dtype=dtype, rngs=rngs) if model.feed_forward else None
+
+    def __call__(self, x_UBD: jax.Array, lengths_B: jax.Array, dropout: Dropout) -> jax.Array:
+        """x_UBD to x_UBD; frames beyond lengths_B are zero on the way in and out."""
+        y_UBD = _mask(self.norm(x_UBD), lengths_B)
+        if self.depthwise is not None:
+            y_UBD = self.depthwise(y_UBD)
+        h_UBH, _ = self.forward(y_UBD, lengths_B)
+        if self.backward is not None:
+            back_UBH, _ = self.backward(y_UBD, lengths_B, reverse=True)
+            h_UBH = jnp.concatenate([h_UBH, back_UBH], axis=-1)
+        x_UBD = x_UBD + dropout(self.output(h_UBH))
+        if self.feed_forward is not None:
+            x_UBD = x_UBD + dropout(self.feed_forward(x_UBD))
+        return _mask(x_UBD, lengths_B)
+
+
+class DeepSpeech2(nnx.Module):
+    """The whole recogniser: log-mel features in, CTC logits out.
+
+    Args:
+      num_mels: mel bins F of the input.
+      num_classes: output classes V, the blank included.
+      model: the architecture.
+      dtype: compute dtype of the matmuls and of the residual stream; parameters are float32.
+      rngs: stream `params` draws the initial weights.
+    """
+
+    def __init__(
+        self, num_mels: int, num_classes: int, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ):
+        self.front_end = FrontEnd(num_mels, model, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(RecurrentLayer(model, dtype=dtype, rngs=rngs) for _ in range(model.layers))
+        right = model.lookahead
+        self.lookahead = DepthwiseConv(model.width, left=0, right=right, rngs=rngs) if right else None
+        self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.head = nnx.Linear(model.width, num_classes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.dropout_rate = model.dropout
+        self.dtype = dtype
+
+    def __call__(
+        self, features_BTF: jax.Array, lengths_B: jax.Array, *, dropout_keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Apply the model.
+
+        Args:
+          features_BTF: float32 features; anything may stand beyond an utterance's length.
+          lengths_B: valid frames, int32; 0 marks a filler row.
+          dropout_keys_B: one random key per utterance; None: no dropout.
+
+        Returns:
+          logits_BUV in float32, finite in the padding too but meaningless there, and logit_lengths_B, int32.
+        """
+        dropout = Dropout(self.dropout_rate, dropout_keys_B)
+        x_UBD, lengths_B = self.front_end(features_BTF.astype(self.dtype), lengths_B)
+        x_UBD = dropout(x_UBD)
+        for layer in self.layers:
+            x_UBD = layer(x_UBD, lengths_B, dropout)
+        if self.lookahead is not None:
+            x_UBD = self.lookahead(x_UBD)
+        logits_UBV = self.head(self.norm(x_UBD))
+        return jnp.swapaxes(logits_UBV, 0, 1).astype(jnp.float32), lengths_B
+
+
+class Apply(Protocol):
+    """The model as a pure function; see DeepSpeech2.__call__."""
+
+    def __call__(
+        self,
+        params: Params,
+        features_BTF: jax.Array,
+        lengths_B: jax.Array,
+        *,
+        dropout_keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+def create(
+    num_mels: int, num_classes: int, model: ModelConfig, *, dtype: jax.typing.DTypeLike, seed: int = 0
+) -> tuple[Apply, Params]:
+    """Build a model and split it into a pure function and its initial parameters."""
+    module = DeepSpeech2(num_mels, num_classes, model, dtype=dtype, rngs=nnx.Rngs(params=seed))
+    graphdef, state = nnx.split(module)
+    paths = {".".join(map(str, path)): path for path in nnx.to_flat_state(state).paths}
+    params: Params = {name: leaf[...] for name, leaf in zip(paths, nnx.to_flat_state(state).leaves, strict=True)}
+
+    def apply(
+        params: Params,
+        features_BTF: jax.Array,
+        lengths_B: jax.Array,
+        *,
+        dropout_keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        state = nnx.traversals.unflatten_mapping({path: params[name] for name, path in paths.items()})
+        return nnx.merge(graphdef, state)(features_BTF, lengths_B, dropout_keys_B=dropout_keys_B)
+
+    return apply, params

@@ -1,0 +1,76 @@
+"""MinGRU: one set of weights that trains in parallel over time and runs step by step."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxds2.model import scan
+
+FROZEN = -1e9
+"""Gate pre-activation whose sigmoid is exactly 0: the state passes through unchanged."""
+
+
+class MinGRU(nnx.Module):
+    """Minimal GRU (Feng et al. 2024, arXiv 2410.01201): gate and candidate see only the input, never the state.
+
+    Parameters are float32; the two matmuls run in `dtype`, the recurrence in float32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        candidate: scan.Candidate,
+        gate_bias: float,
+        implementation: scan.Implementation,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        # Two matmuls: faster than one of twice the width that is then split.
+        self.gate = nnx.Linear(
+            width,
+            hidden,
+            bias_init=nnx.initializers.constant(gate_bias),
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            rngs=rngs,
+        )
+        self.candidate = nnx.Linear(width, hidden, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.hidden = hidden
+        self.candidate_fn: scan.Candidate = candidate
+        self.implementation: scan.Implementation = implementation
+
+    def __call__(
+        self, x_UBD: jax.Array, lengths_B: jax.Array, h0_BH: jax.Array | None = None, *, reverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """The parallel form.
+
+        Args:
+          x_UBD: input frames; what stands beyond an utterance's length is ignored.
+          lengths_B: valid frames of each utterance, int32.
+          h0_BH: state before the first frame in scan order; None is zero.
+          reverse: run from the last frame to the first.
+
+        Returns:
+          h_UBH in x's compute dtype, constant beyond an utterance's length (the state is frozen there), and the last state
+          in scan order h_BH, float32: forwards that is the state after the last valid frame.
+        """
+        valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
+        gate_UBH, candidate_UBH = self.gate(x_UBD), self.candidate(x_UBD)
+        return scan.mingru_recurrence(
+            jnp.where(valid_UB1, gate_UBH, jnp.asarray(FROZEN, gate_UBH.dtype)),
+            jnp.where(valid_UB1, candidate_UBH, jnp.zeros((), candidate_UBH.dtype)),  # 0 * NaN would still be NaN
+            h0_BH,
+            candidate_fn=self.candidate_fn,
+            reverse=reverse,
+            implementation=self.implementation,
+        )
+
+    def step(self, x_BD: jax.Array, h_BH: jax.Array) -> jax.Array:
+        """The step form: one frame in, the new state out (float32), which is also the layer's output for that frame."""
+        return scan.mingru_step(self.gate(x_BD), self.candidate(x_BD), h_BH, candidate_fn=self.candidate_fn)
+
+    def initial_state(self, batch_size: int) -> jax.Array:
+        """The state before the first frame, zeros_BH in float32."""
+        return jnp.zeros((batch_size, self.hidden), jnp.float32)

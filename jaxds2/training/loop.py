@@ -1,0 +1,360 @@
+"""train(): from a config to a trained run, resumable at any step."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxds2
+from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
+from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
+from jaxds2.data.pipeline import LoadedBatch, load_batches
+from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.data.plan import BatchPlan, select_utterances
+from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.evaluation.evaluate import Interrupted, Scores, evaluate
+from jaxds2.inference.recognizer import Recognizer, compute_dtype, output_frames
+from jaxds2.model.deepspeech2 import Params, create
+from jaxds2.text import Vocabulary
+from jaxds2.training.checkpoint import CheckpointError, Checkpoints
+from jaxds2.training.monitor import Monitor, alignment_picture
+from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxds2.training.step import StepMetrics, TrainState, make_eval_step, make_train_step, to_tree
+
+FINISHED, STOPPED = 0, 75
+"""Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
+
+MAY_CHANGE = ("data.workers", "training.devices", "training.log_every", "training.checkpoint_every")
+"""Fields in which a resumed run may differ from its start: none of them changes what is learnt."""
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the last good state is saved."""
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+
+def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utterance], dict[str, list[str]]]:
+    """The utterances to train on, normalised, and the ids of those left out by reason.
+
+    Raises:
+      ManifestError, TextError: a manifest cannot be used. ConfigError: none is named, or nothing is left of them.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
+    utterances = [u for path in config.data.train for u in read_manifest(path)]
+    kept, left_out = select_utterances(
+        [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
+        config.data,
+        vocabulary=vocabulary,
+        output_frames=lambda num_samples: output_frames(num_samples, config),
+        speed=config.augment.speed,
+    )
+    if not kept:
+        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
+        raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
+    return kept, left_out
+
+
+def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: Vocabulary) -> BatchPlan:
+    """Which utterances each step trains on."""
+    return BatchPlan(
+        np.array([u.duration for u in utterances]),
+        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
+        digest=manifest_digest(utterances),
+        data=config.data,
+        seed=config.training.seed,
+        speed=config.augment.speed,
+    )
+
+
+def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
+    """Train a run to its end, from its newest checkpoint where it has one.
+
+    The same call resumes a stopped run and ends in the same parameters, to the bit, as one that never stopped.
+
+    Args:
+      config: the whole configuration.
+      run_dir: folder of the run; made if it is not there.
+      progress: show a bar.
+
+    Returns:
+      0 when trained to the end, 75 when stopped by SIGINT or SIGTERM with everything saved.
+
+    Raises:
+      ConfigError, ManifestError, TextError, CheckpointError: wrong use, one line each.
+      TrainingError: too many steps in a row were not finite.
+    """
+    vocabulary = Vocabulary(config.data.characters)
+    mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
+    utterances, left_out = read_training_data(config, vocabulary)
+    dev = read_manifest(config.data.dev) if config.data.dev else []
+    dev = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in dev]
+    plan = training_plan(config, utterances, vocabulary)
+    total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
+
+    apply, params = create(
+        config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=config.training.seed
+    )
+    optimizer = make_optimizer(config.optimizer, total_steps)
+    renewed: list[str] = []
+    if config.training.init_from is not None:
+        params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
+    state = replicate(TrainState.create(params, optimizer, ema_decay=config.training.ema_decay), mesh)
+    train_step = jax.jit(
+        make_train_step(
+            apply,
+            optimizer,
+            config.features,
+            config.augment,
+            seed=config.training.seed,
+            ema_decay=config.training.ema_decay,
+        ),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(make_eval_step(apply, config.features))
+
+    claim_run(config, run_dir)
+    with Checkpoints(run_dir / "checkpoints") as checkpoints, StopSignal() as stop:
+        first_step = checkpoints.last() or 0
+        if first_step:
+            state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
+        with Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor:
+            monitor.message(describe(config))
+            for reason, ids in left_out.items():
+                monitor.message(f"left out: {len(ids)} {reason}: {' '.join(ids)}")
+            hours = sum(u.duration for u in utterances) / 3600
+            monitor.message(
+                f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
+                f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; "
+                f"{total_steps} steps on {mesh.size} {mesh.devices.flat[0].platform} device(s)"
+            )
+            if config.training.init_from is not None:
+                monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
+            if first_step:
+                monitor.message(f"resumed at step {first_step}")
+
+            def save(state: TrainState, step: int, wer: float | None) -> None:
+                meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
+                meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
+                checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
+
+            def score_dev(params: Params, step: int) -> Scores:
+                recognizer = Recognizer(config, vocabulary, mesh, eval_step, params, step)
+                return evaluate(
+                    recognizer,
+                    dev,
+                    lambda log_probs_UV: greedy_decode(log_probs_UV, vocabulary),
+                    with_loss=True,
+                    warm_up=False,
+                    progress=progress,
+                    should_stop=stop,
+                )
+
+            report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
+            step = first_step
+            with load_batches(
+                utterances,
+                plan,
+                vocabulary=vocabulary,
+                start_step=first_step,
+                stop_step=total_steps,
+                workers=config.data.workers,
+            ) as batches:
+                for loaded in batches:
+                    state, metrics = train_step(state, place(loaded.batch, mesh))
+                    # The metrics of the step before are read while this one runs.
+                    report.flush()
+                    report.hold(loaded, metrics)
+                    step += 1
+
+                    wer = None
+                    if dev and is_due(step, config.training.eval_every, plan, total_steps):
+                        report.flush()
+                        try:
+                            scores = score_dev(state.eval_params, step)
+                        except Interrupted:
+                            break
+                        wer = scores.words.rate
+                        report.evaluation(step, scores, vocabulary)
+                    every = config.training.checkpoint_every
+                    if wer is not None or is_due(step, every, plan, total_steps, epochs=not dev):
+                        save(state, step, wer)
+                    if stop():
+                        break
+            report.flush()
+            if stop():
+                if checkpoints.last() != step:
+                    save(state, step, None)
+                checkpoints.wait()
+                monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
+                return STOPPED
+            checkpoints.wait()
+            monitor.message(f"trained {total_steps} steps: {run_dir}; watch: tensorboard --logdir {run_dir.parent}")
+            return FINISHED
+
+
+def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, epochs: bool = True) -> bool:
+    """Whether something is done after `step` steps: each `every` steps, or each epoch, and at the end."""
+    if step == total_steps:
+        return True
+    if every is not None:
+        return step % every == 0
+    return epochs and plan.locate(step)[1] == 0
+
+
+def claim_run(config: Config, run_dir: Path) -> None:
+    """Make the run's folder, or check that what stands there was trained with this config.
+
+    Raises:
+      ConfigError: it was trained with another one.
+    """
+    path = run_dir / "config.json"
+    if path.exists():
+        changed = [d for d in differences(read_config(path), config) if not d.startswith(MAY_CHANGE)]
+        if changed:
+            raise ConfigError(
+                f"{run_dir} was trained with another config ({'; '.join(changed)}); "
+                f"choose another folder with --run, or delete this one"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+
+
+def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Params, list[str]]:
+    """The best weights of another run, and the names of the weights that stay new.
+
+    Only the head may be new: it is renewed where the alphabet differs.
+
+    Raises:
+      CheckpointError: no checkpoint there, or the models differ in more than their heads.
+    """
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        trained = checkpoints.restore_params(checkpoints.resolve("best"))
+    renewed = []
+    if read_config(run_dir / "config.json").data.characters != characters:
+        renewed = sorted(name for name in params if name.startswith("head."))
+    for name, value in params.items():
+        if name not in renewed and (name not in trained or trained[name].shape != value.shape):
+            there = trained[name].shape if name in trained else "absent"
+            raise CheckpointError(
+                f"training.init_from={run_dir}: {name} is {there} there and {value.shape} here; "
+                f"give this config the same model and features as that run"
+            )
+    return {
+        name: value if name in renewed else jax.numpy.asarray(trained[name]) for name, value in params.items()
+    }, renewed
+
+
+class StepReport:
+    """Turns the metrics of steps into lines, curves and names; it never waits for the step that is running."""
+
+    def __init__(self, config: Config, plan: BatchPlan, ids: Sequence[str], monitor: Monitor, total_steps: int):
+        self.config = config
+        self.plan = plan
+        self.ids = ids
+        self.monitor = monitor
+        self.schedule = learning_rate_schedule(config.optimizer, total_steps)
+        self.pending: tuple[LoadedBatch, StepMetrics] | None = None
+        self.losses: list[float] = []
+        self.samples = self.padded_samples = 0
+        self.infeasible = self.unreadable = 0
+        self.since = time.perf_counter()
+
+    def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
+        """Keep the metrics of a step that has been started."""
+        self.pending = (loaded, metrics)
+
+    def flush(self) -> None:
+        """Read and report the step that is held. Raises TrainingError after too many skipped steps in a row."""
+        if self.pending is None:
+            return
+        loaded, device_metrics = self.pending
+        self.pending = None
+        metrics: StepMetrics = jax.device_get(device_metrics)
+        step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
+        self.samples += int(np.sum(loaded.batch.audio_lengths_B))
+        self.padded_samples += loaded.batch.audio_BS.size
+        for line in loaded.failures:
+            self.unreadable += 1
+            self.monitor.message(f"step {step}: left out, {line}")
+        if metrics.infeasible_B.any():
+            names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
+            self.infeasible += len(names)
+            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
+        if metrics.finite:
+            self.losses.append(float(metrics.loss))
+        else:
+            names = " ".join(self.ids[i] for i in index_B if i >= 0)
+            self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
+            if metrics.skipped_in_row >= self.config.training.max_skipped:
+                raise TrainingError(
+                    f"step {step}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
+                    f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
+                )
+        done = step + 1
+        self.monitor.advance(done, loss=float(metrics.loss))
+        if done % self.config.training.log_every == 0:
+            self._log(done, metrics)
+
+    def _log(self, step: int, metrics: StepMetrics) -> None:
+        now = time.perf_counter()
+        seconds = self.samples / self.config.features.sample_rate
+        learning_rate = float(self.schedule(step - 1 - int(metrics.skipped)))
+        self.monitor.scalars(
+            step,
+            {
+                "train/loss": float(np.mean(self.losses)) if self.losses else float("nan"),
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": float(metrics.grad_norm),
+                "train/skipped": int(metrics.skipped),
+                "train/infeasible": self.infeasible,
+                "train/unreadable": self.unreadable,
+                "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
+                "train/audio_hours_per_hour": seconds / (now - self.since),
+                "train/epoch": self.plan.locate(step)[0],
+            },
+        )
+        self.losses.clear()
+        self.samples = self.padded_samples = 0
+        self.since = now
+
+    def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
+        """Report a score on the dev manifest."""
+        values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
+        self.monitor.scalars(step, values)
+        self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
+        self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
+        self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))
+        self.since = time.perf_counter()

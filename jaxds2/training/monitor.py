@@ -1,0 +1,209 @@
+"""What a person sees of a training run: a bar and lines in the terminal, curves and pictures in TensorBoard.
+
+A run's folder gets `metrics.jsonl` (the scalars, one step a line), `train.log` (the lines) and `tensorboard/`.
+"""
+
+import colorsys
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, SupportsFloat
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxds2.text import BLANK_ID, Vocabulary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Monitor:
+    """Reports a training run. Close it, or use it as a context manager, so that everything is written."""
+
+    def __init__(self, run_dir: Path, *, total_steps: int, resume_step: int = 0, progress: bool = True):
+        """Start to report.
+
+        What a stopped run had reported beyond `resume_step` is taken back, so that every step is there once.
+
+        Args:
+          run_dir: folder of the run; made if it is not there.
+          total_steps: where the bar ends.
+          resume_step: step of the checkpoint that training goes on from; 0: from the start.
+          progress: show the bar.
+        """
+        from tensorboardX import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        first_step = resume_step + 1 if resume_step else 0
+        _drop_steps_from(first_step, run_dir / "metrics.jsonl")
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._log = (run_dir / "train.log").open("a", encoding="utf-8")
+        # Without the suffix, a second start within one second would overwrite the file of the first.
+        self._tensorboard = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=first_step, filename_suffix=f".{time.time_ns()}", flush_secs=10
+        )
+        # Where the bar goes to a file, every refresh stays there for good.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            desc=run_dir.name,
+            unit="step",
+            file=sys.stderr,
+            disable=not progress,
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=max(interval, 10.0),
+            smoothing=0.05,
+        )
+        self._step = resume_step
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is not written yet and leave the bar as it stands."""
+        self._bar.close()
+        self._tensorboard.close()
+        self._metrics.close()
+        self._log.close()
+
+    def advance(self, step: int, **values: float) -> None:
+        """Move the bar to `step` and show values beside it, such as loss=1.5; one not given keeps its last value."""
+        self._shown |= {name: f"{value:.3g}" for name, value in values.items()}
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(step - self._step)
+        self._step = step
+
+    def message(self, text: str) -> None:
+        """Print text to standard output without breaking the bar, and append it to `train.log` with the time."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Write named numbers to `metrics.jsonl` and TensorBoard.
+
+        The line is {"step": int, "time": seconds since 1970, name: number, ...}. JSON knows neither NaN nor infinity:
+        they are written as null.
+        """
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Show Markdown in TensorBoard."""
+        self._tensorboard.add_text(name, markdown, step)
+
+    def sample_table(self, step: int, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Show (id, reference, hypothesis) rows in TensorBoard."""
+        lines = ["| id | reference | hypothesis |", "|---|---|---|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        self.text(step, "dev/samples", "\n".join(lines))
+
+    def figure(self, step: int, name: str, figure: "Figure") -> None:
+        """Show a matplotlib figure in TensorBoard."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(figure)
+        with warnings.catch_warnings():
+            # Of an alphabet that the font does not have; the box drawn instead says it.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            canvas.draw()
+        pixels_HWC = np.asarray(canvas.buffer_rgba())[..., :3]
+        self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
+
+
+def _drop_steps_from(first_step: int, path: Path) -> None:
+    """Remove lines of `first_step` and later, and the line that a killed run may have left half written."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            continue
+        if step < first_step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+_ROW_FRAMES = 160
+"""Output frames in a row of an alignment picture: about 6 s at 25 frames a second."""
+
+
+def alignment_picture(
+    log_probs_UV: np.ndarray, vocabulary: Vocabulary, features_TF: np.ndarray | None = None
+) -> "Figure":
+    """Where in an utterance the model writes which character.
+
+    Args:
+      log_probs_UV: log-probabilities of one utterance, blank first, without padding.
+      vocabulary: names of the classes.
+      features_TF: its log-mel features, drawn above on the same time axis.
+
+    Returns:
+      Over time, in as many rows as it takes: the probability of the blank (grey) and of each character that is the
+      likeliest in some frame, its name above its peaks. A space is written as ␣.
+    """
+    from matplotlib.figure import Figure
+
+    probs_UV = np.exp(np.asarray(log_probs_UV, np.float32))
+    num_frames = len(probs_UV)
+    rows = max(1, math.ceil(num_frames / _ROW_FRAMES))
+    panels = 1 if features_TF is None else 2
+    figure = Figure(figsize=(13.0, 2.3 * rows * panels), dpi=100, layout="constrained")
+    grid = figure.subplots(rows * panels, 1, squeeze=False).reshape(rows, panels)
+    for row, (*above, axes) in enumerate(grid):
+        if features_TF is not None:
+            extent = (0, num_frames, 0, features_TF.shape[1])
+            above[0].imshow(features_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
+            above[0].set(ylabel="mel bin", xticklabels=())
+        _draw_probabilities(axes, probs_UV, vocabulary)
+        start = row * _ROW_FRAMES
+        for panel in (*above, axes):
+            panel.set_xlim(start, start + min(_ROW_FRAMES, max(num_frames, 1)))
+    grid[-1, -1].set_xlabel("output frame")
+    return figure
+
+
+def _draw_probabilities(axes: "Axes", probs_UV: np.ndarray, vocabulary: Vocabulary) -> None:
+    frames_U = np.arange(len(probs_UV)) + 0.5
+    best_U = probs_UV.argmax(axis=1).tolist() if len(probs_UV) else []
+
+    def color(label: int) -> tuple[float, float, float]:
+        # Hues a golden section apart: neighbours in the alphabet look different.
+        return colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.75) if label != BLANK_ID else (0.8, 0.8, 0.8)
+
+    for label in sorted({BLANK_ID, *best_U}):
+        axes.plot(frames_U, probs_UV[:, label], color=color(label), linewidth=1.2)
+        axes.fill_between(frames_U, probs_UV[:, label], color=color(label), alpha=0.25, linewidth=0)
+    for label, stretch in itertools.groupby(range(len(best_U)), key=best_U.__getitem__):
+        if label == BLANK_ID:
+            continue
+        peak = max(stretch, key=probs_UV[:, label].__getitem__)
+        name = vocabulary.decode([label]).replace(" ", "␣")
+        axes.text(
+            frames_U[peak], 1.03, name, color=color(label), fontweight="bold", ha="center", va="bottom", clip_on=True
+        )
+    axes.set(ylim=(0, 1.2), yticks=(0, 0.5, 1), ylabel="probability")
+    axes.spines[["top", "right"]].set_visible(False)

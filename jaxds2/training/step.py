@@ -1,0 +1,177 @@
+"""One step of training and of evaluation, as pure functions of (state, batch)."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxds2.augment import add_noise, spec_augment, utterance_keys
+from jaxds2.config import AugmentConfig, FeatureConfig
+from jaxds2.ctc import ctc_loss, feasible
+from jaxds2.data.pipeline import Batch
+from jaxds2.features import log_mel
+from jaxds2.model.deepspeech2 import Apply, Params
+
+_DROPOUT = 1  # stream of an utterance's key; augment.py has its own
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array
+    """Steps taken, int32."""
+    params: Params
+    ema: Params | None
+    """Exponential moving average of the parameters, which evaluation uses."""
+    opt_state: Any
+    skipped: jax.Array
+    """Steps skipped so far for a non-finite loss or gradient, int32."""
+    skipped_in_row: jax.Array
+    """Of these, those since the last good step, int32."""
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation, *, ema_decay: float) -> "TrainState":
+        """The state before the first step."""
+        ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+        # An array each, since a donated buffer may be passed only once.
+        return cls(jnp.int32(0), params, ema, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+
+    @property
+    def eval_params(self) -> Params:
+        """The weights to evaluate: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one training step reports; scalars are float32 or int32."""
+
+    loss: jax.Array
+    """Nats per label over the batch."""
+    grad_norm: jax.Array
+    finite: jax.Array
+    """Whether the step was taken, bool."""
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    utterances: jax.Array
+    """Rows that count in the loss."""
+    infeasible_B: jax.Array
+    """Rows left out because their label does not fit their frames, bool."""
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    features: FeatureConfig,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    ema_decay: float,
+) -> TrainStep:
+    """The training step, to be jitted with its state donated.
+
+    The loss is the sum of the utterances' negative log-likelihoods over the number of their labels, so that neither the
+    number of devices nor filler rows nor the bucket's length changes an utterance's weight. A step whose loss or gradient
+    is not finite leaves everything as it was, except the counts.
+    """
+
+    def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        features_BTF, feature_lengths_B = _features(batch, features, augment, keys_B)
+        dropout_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _DROPOUT)
+        logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B, dropout_keys_B=dropout_keys_B)
+        present_B = batch.index_B >= 0
+        usable_B = present_B & feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
+        loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
+        labels = jnp.sum(jnp.where(usable_B, batch.label_lengths_B, 0))
+        loss = jnp.sum(jnp.where(usable_B, loss_B, 0.0)) / jnp.maximum(labels, 1).astype(jnp.float32)
+        return loss, (usable_B, present_B & ~usable_B)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        keys_B = utterance_keys(seed, batch.epoch, batch.index_B)
+        (loss, (usable_B, infeasible_B)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, keys_B)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        with jax.numpy_dtype_promotion("standard"):  # our own code is tested under strict promotion; optax's is not
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            # Early on the average follows quickly, so that it does not remember the random start.
+            steps = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1 + steps) / (10 + steps))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=grad_norm,
+            finite=finite,
+            skipped=new_state.skipped,
+            skipped_in_row=new_state.skipped_in_row,
+            utterances=jnp.sum(usable_B),
+            infeasible_B=infeasible_B,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EvalOutput:
+    """What the model makes of one batch."""
+
+    log_probs_BUV: jax.Array
+    logit_lengths_B: jax.Array
+    loss_B: jax.Array
+    """Nats of each utterance; 0 where the label does not fit or there is none."""
+
+
+def make_eval_step(apply: Apply, features: FeatureConfig) -> Callable[[Params, Batch], EvalOutput]:
+    """The evaluation step, to be jitted: no augmentation, no dropout."""
+
+    def eval_step(params: Params, batch: Batch) -> EvalOutput:
+        features_BTF, feature_lengths_B = log_mel(batch.audio_BS, batch.audio_lengths_B, features)
+        logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
+        loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
+        log_probs_BUV = jax.nn.log_softmax(logits_BUV, axis=-1)
+        return EvalOutput(log_probs_BUV, logit_lengths_B, jnp.where(batch.label_lengths_B > 0, loss_B, 0.0))
+
+    return eval_step
+
+
+def _features(
+    batch: Batch, features: FeatureConfig, augment: AugmentConfig, keys_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented log-mel features of a training batch."""
+    audio_BS = batch.audio_BS
+    if augment.noise_snr_db is not None:
+        audio_BS = add_noise(audio_BS, batch.audio_lengths_B, keys_B, augment.noise_snr_db)
+    features_BTF, feature_lengths_B = log_mel(audio_BS, batch.audio_lengths_B, features)
+    return spec_augment(features_BTF, feature_lengths_B, keys_B, augment), feature_lengths_B
+
+
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """The state as a dictionary, the form that a checkpoint stores."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}

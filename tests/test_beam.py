@@ -1,0 +1,196 @@
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxds2.decoding.beam import BeamDecoder, DecoderError
+from jaxds2.decoding.greedy import collapse, greedy_decode
+from jaxds2.decoding.lm import LMError, build_ngram, load_model
+from jaxds2.text import Vocabulary
+
+pytest.importorskip("pyctcdecode")
+pytest.importorskip("kenlm")
+
+AB = Vocabulary("ab ")
+LETTERS = Vocabulary("abcdefghijklmnopqrstuvwxyz' ")
+EXHAUSTIVE = {"beam_width": 100_000, "beam_prune_logp": -1e4, "token_min_logp": -1e4}
+
+
+def log_softmax(logits_UV):
+    return logits_UV - np.log(np.exp(logits_UV).sum(-1, keepdims=True))
+
+
+def text_log_probs(log_probs_UV, vocabulary):
+    """log P_CTC of every text, by summing over all V^U paths."""
+    probs: dict[str, float] = {}
+    frames = range(len(log_probs_UV))
+    for path in itertools.product(range(vocabulary.size), repeat=len(log_probs_UV)):
+        text = " ".join(vocabulary.decode(collapse(path)).split())
+        probs[text] = probs.get(text, 0.0) + math.exp(sum(log_probs_UV[u, path[u]] for u in frames))
+    return {text: math.log(p) for text, p in probs.items()}
+
+
+def spell(text, *, peak=6.0):
+    """Peaky log-probabilities of a text: two frames a character, a blank after each."""
+    path = [frame for i in LETTERS.encode(text) for frame in (i, i, 0)]
+    logits_UV = np.zeros((len(path), LETTERS.size), np.float32)
+    logits_UV[np.arange(len(path)), path] = peak
+    return logits_UV
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    text = ["read the red book", "the red book", "the sea", "see the red sea", "read the book", "i see the sea"] * 3
+    return build_ngram(text, tmp_path_factory.mktemp("lm") / "lm.arpa")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+def test_wide_beam_finds_the_text_that_brute_force_finds(seed, num_frames):
+    logits_UV = np.random.default_rng(seed).normal(size=(num_frames, AB.size)) * 2
+    log_probs_UV = log_softmax(logits_UV).astype(np.float32)
+    expected = text_log_probs(log_probs_UV, AB)
+    found = BeamDecoder(AB, **EXHAUSTIVE).decode(log_probs_UV)
+    assert expected[found] == pytest.approx(max(expected.values()), abs=1e-4)
+
+
+def test_a_text_of_many_alignments_beats_the_best_path():
+    # The best path is all blank, but more of the probability spells `a`.
+    log_probs_UV = np.log(np.array([[0.5, 0.4, 0.05, 0.05]] * 2, np.float32))
+    assert greedy_decode(log_probs_UV, AB) == ""
+    assert BeamDecoder(AB).decode(log_probs_UV) == "a"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_score_is_ctc_plus_alpha_lm_plus_beta_words(lm_ab, seed):
+    rng = np.random.default_rng(seed)
+    alpha, beta = rng.uniform(0, 1.5), rng.uniform(-1, 2)
+    logits_UV = rng.normal(size=(5, AB.size)) * 1.5
+    log_probs_UV = log_softmax(logits_UV)
+    model = load_model(lm_ab)
+
+    def score(text, log_p):
+        unknown = sum(word not in model for word in text.split())
+        return log_p + alpha * math.log(10) * (model.score(text) - 10 * unknown) + beta * len(text.split())
+
+    expected = {text: score(text, log_p) for text, log_p in text_log_probs(log_probs_UV, AB).items()}
+    found = BeamDecoder(AB, lm=lm_ab, alpha=alpha, beta=beta, **EXHAUSTIVE).decode(log_probs_UV)
+    assert expected[found] == pytest.approx(max(expected.values()), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def lm_ab(tmp_path_factory):
+    return build_ngram(["a b a", "b a", "ab a", "b", "ab b a"], tmp_path_factory.mktemp("ab") / "ab.arpa", order=2)
+
+
+@given(st.text(alphabet="abc ", min_size=0, max_size=12))
+def test_peaky_frames_without_a_model_are_decoded_as_by_best_path(text):
+    log_probs_UV = log_softmax(spell(text))
+    expected = " ".join(text.split())
+    assert greedy_decode(log_probs_UV, LETTERS) == expected
+    assert BeamDecoder(LETTERS).decode(log_probs_UV) == expected
+
+
+def test_the_model_settles_what_the_sound_leaves_open(lm):
+    heard = "read the read book"
+    logits_UV = spell(heard)
+    a = heard.rindex("a")
+    logits_UV[3 * a : 3 * a + 2, 0] = 5.5  # almost nothing was heard of this one, against 6.0
+    log_probs_UV = log_softmax(logits_UV)
+    assert greedy_decode(log_probs_UV, LETTERS) == heard
+    assert BeamDecoder(LETTERS).decode(log_probs_UV) == heard
+    assert BeamDecoder(LETTERS, lm=lm, alpha=0.0).decode(log_probs_UV) == heard
+    assert BeamDecoder(LETTERS, lm=lm).decode(log_probs_UV) == "read the red book"
+
+
+def test_no_frames_give_no_text(lm):
+    assert BeamDecoder(LETTERS, lm=lm).decode(np.zeros((0, LETTERS.size), np.float32)) == ""
+
+
+def test_settings_tell_everything_that_decides_the_text(lm):
+    plain = BeamDecoder(LETTERS, beam_width=7, beam_prune_logp=-8, token_min_logp=-4).settings
+    assert plain == {
+        "name": "beam",
+        "library": "pyctcdecode 0.5.0",
+        "beam_width": 7,
+        "beam_prune_logp": -8.0,
+        "token_min_logp": -4.0,
+    }
+    with_lm = BeamDecoder(LETTERS, lm=lm, alpha=1, beta=2).settings
+    assert (
+        with_lm.items()
+        >= {
+            "lm": str(lm),
+            "lm_order": 3,
+            "lm_words": 7,
+            "alpha": 1.0,
+            "beta": 2.0,
+            "unknown_offset": -10.0,
+        }.items()
+    )
+    assert len(with_lm["lm_sha256"]) == 64
+
+
+def test_a_model_of_another_alphabet_is_refused(lm, tmp_path):
+    capitals = build_ngram(["READ THE BOOK", "THE RED SEA"], tmp_path / "capitals.arpa")
+    with pytest.raises(DecoderError, match=r"capitals\.arpa: 5 of its 5 words, such as 'READ', .* lower case"):
+        BeamDecoder(LETTERS, lm=capitals)
+    with pytest.raises(
+        DecoderError, match="7 of its 7 words, .*'ab ': this is the language model of another vocabulary$"
+    ):
+        BeamDecoder(AB, lm=lm)
+    with pytest.raises(DecoderError, match="needs a space in the alphabet 'abc'"):
+        BeamDecoder(Vocabulary("abc"), lm=lm)
+
+
+def test_a_few_foreign_words_are_left_out_and_counted(tmp_path):
+    mixed = build_ngram(["one two three", "two café one"], tmp_path / "mixed.arpa")
+    assert BeamDecoder(LETTERS, lm=mixed).settings["lm_words"] == 3
+
+
+def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):
+    monkeypatch.setattr("jaxds2.decoding.beam.load_unigrams", lambda _: ["alpha", "bravo", "sea"])
+    with pytest.raises(LMError, match="knows 1 of the 3 words listed for it"):
+        BeamDecoder(LETTERS, lm=lm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beam_width": 0}, "beam width 0: must be at least 1"),
+        ({"beam_prune_logp": 10.0}, "pruning at 10.0 and -5.0 nats: both must be below 0"),
+        ({"alpha": -0.1}, "alpha must be 0 or more"),
+        ({"beta": float("nan")}, "both finite"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, message):
+    with pytest.raises(DecoderError, match=message):
+        BeamDecoder(LETTERS, **arguments)
+
+
+def test_what_is_no_log_probability_is_refused():
+    decoder = BeamDecoder(AB)
+    with pytest.raises(DecoderError, match=r"shape \(3, 29\): expected \(U, 4\)"):
+        decoder.decode(np.zeros((3, 29), np.float32))
+    with pytest.raises(DecoderError, match="hold NaN"):
+        decoder.decode(np.full((3, 4), np.nan, np.float32))
+
+
+def test_missing_packages_are_named_with_their_remedy(lm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kenlm", None)
+    with pytest.raises(LMError, match=r"pip install 'jaxds2\[lm\]'"):
+        BeamDecoder(LETTERS, lm=lm)
+    monkeypatch.setitem(sys.modules, "pyctcdecode.decoder", None)
+    with pytest.raises(DecoderError, match="pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"):
+        BeamDecoder(LETTERS)
+
+
+def test_nothing_is_printed(lm, capfd, caplog):
+    BeamDecoder(LETTERS, lm=lm).decode(log_softmax(spell("the sea")))
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []

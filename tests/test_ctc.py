@@ -1,0 +1,96 @@
+"""CTC against brute force over all paths, in value and gradient, and its treatment of labels that cannot fit."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxds2.ctc import ctc_loss, feasible, min_frames
+
+
+def collapse(path):
+    return tuple(k for k, _ in itertools.groupby(path) if k != 0)
+
+
+def brute_force(logits_UV, label) -> float:
+    """-log of the summed probability of every path that spells the label, in float64."""
+    logits = np.asarray(logits_UV, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = 0.0
+    for path in itertools.product(range(logits.shape[1]), repeat=logits.shape[0]):
+        if collapse(path) == tuple(label):
+            total += np.exp(sum(log_probs[t, k] for t, k in enumerate(path)))
+    return -np.log(total)
+
+
+LABELS = [[], [1], [2, 1], [1, 1], [1, 2, 1]]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_loss_equals_brute_force(label):
+    logits = 2 * jax.random.normal(jax.random.key(len(label)), (1, 5, 3))
+    labels = jnp.array([label + [0] * (4 - len(label))])
+    loss = ctc_loss(logits, jnp.array([5]), labels, jnp.array([len(label)]))
+    np.testing.assert_allclose(loss[0], brute_force(logits[0], label), rtol=1e-5)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_gradient_equals_finite_differences_of_brute_force(label):
+    logits = jax.random.normal(jax.random.key(7), (1, 4, 3))
+    labels = jnp.array([label + [0] * (4 - len(label))])
+    got = jax.grad(lambda x: ctc_loss(x, jnp.array([4]), labels, jnp.array([len(label)]))[0])(logits)[0]
+    want = np.zeros((4, 3))
+    base = np.asarray(logits[0], np.float64)
+    for t, k in np.ndindex(4, 3):
+        delta = np.zeros((4, 3))
+        delta[t, k] = 1e-5
+        want[t, k] = (brute_force(base + delta, label) - brute_force(base - delta, label)) / 2e-5
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(label=st.lists(st.integers(1, 3), max_size=4), frames=st.integers(0, 6))
+def test_feasible_is_what_some_path_can_spell(label, frames):
+    spelt = (
+        any(collapse(path) == tuple(label) for path in itertools.product(range(4), repeat=frames)) if frames else False
+    )
+    got = feasible(jnp.array([frames]), jnp.array([label + [0] * (5 - len(label))]), jnp.array([len(label)]))
+    assert bool(got[0]) == spelt
+    assert (min_frames(label) <= frames and frames > 0) == spelt
+
+
+def test_infeasible_rows_give_zero_and_no_gradient_and_leave_others_alone():
+    logits = jax.random.normal(jax.random.key(0), (3, 4, 3))
+    labels = jnp.array([[1, 1, 1], [1, 2, 0], [1, 0, 0]])
+    frames, lengths = jnp.array([4, 4, 0]), jnp.array([3, 2, 1])
+    loss, grads = jax.value_and_grad(lambda x: jnp.sum(ctc_loss(x, frames, labels, lengths)))(logits)
+    np.testing.assert_allclose(loss, brute_force(logits[1], [1, 2]), rtol=1e-5)
+    np.testing.assert_array_equal(grads[0], 0)
+    np.testing.assert_array_equal(grads[2], 0)
+    assert float(jnp.abs(grads[1]).max()) > 0.01
+
+
+def test_nan_in_the_padding_never_leaks():
+    logits = jax.random.normal(jax.random.key(0), (2, 6, 3))
+    labels, lengths, frames = jnp.array([[1, 2], [2, 0]]), jnp.array([2, 1]), jnp.array([4, 6])
+
+    def loss(x):
+        return jnp.sum(ctc_loss(x, frames, labels, lengths))
+
+    poisoned = logits.at[0, 4:].set(jnp.nan)
+    np.testing.assert_array_equal(loss(poisoned), loss(logits))
+    np.testing.assert_array_equal(jax.grad(loss)(poisoned), jax.grad(loss)(logits))
+    np.testing.assert_array_equal(jax.grad(loss)(logits)[0, 4:], 0)
+
+
+def test_the_loss_is_computed_in_float32():
+    logits = (4 * jax.random.normal(jax.random.key(0), (1, 50, 5))).astype(jnp.bfloat16)
+    labels = jnp.array([[1, 2, 3, 4, 1, 2]])
+    args = jnp.array([50]), labels, jnp.array([6])
+    got = ctc_loss(logits, *args)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, ctc_loss(logits.astype(jnp.float32), *args))

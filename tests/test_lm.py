@@ -1,0 +1,175 @@
+import gzip
+import itertools
+import math
+import random
+import sys
+
+import pytest
+
+from jaxds2.data.manifest import ManifestError, Utterance, write_manifest
+from jaxds2.decoding.lm import LMError, build_ngram, load_model, load_unigrams, read_sentences, vocabulary_path
+
+kenlm = pytest.importorskip("kenlm")
+pytest.importorskip("kaldingram")
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+ROUTES = "turn left at the next light;turn right at the bank;stop at the next bank;go on to the light".split(";")
+
+
+def some_text(seed=0, lines=200):
+    rng = random.Random(seed)
+    return [rng.choice(ROUTES) if rng.random() < 0.5 else " ".join(rng.choices(DIGITS, k=4)) for _ in range(lines)]
+
+
+def total_probability(model, words, history):
+    """Of all that may follow a history after the start of a sentence: known words, the end, an unknown word."""
+    state, out = kenlm.State(), kenlm.State()
+    model.BeginSentenceWrite(state)
+    for word in history:
+        model.BaseScore(state, word, out)
+        state, out = out, kenlm.State()
+    return sum(10 ** model.BaseScore(state, word, kenlm.State()) for word in [*words, "</s>", "unheard-of"])
+
+
+TEXTS = {
+    "routes and digits": some_text(),
+    # Each of these leaves Kneser and Ney's formula without a usable discount at some order.
+    "nothing said twice": ["a b c", "d e f"],
+    "everything said twice": ["a b c", "a b c"],
+    "everything said thrice": ["a b c", "a b c", "a b c"],
+    "everything follows everything": [" ".join(p) for p in itertools.permutations("abc")] + ["a", "b", "c"],
+    "one word": ["yes", "yes", "yes yes"],
+}
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", TEXTS)
+def test_probabilities_sum_to_one_after_any_history(name, order, tmp_path):
+    model = load_model(path := build_ngram(TEXTS[name], tmp_path / "lm.arpa", order=order))
+    words = load_unigrams(path)
+    assert model.order == order
+    for sentence in {*TEXTS[name][:6], "unheard-of", f"{words[-1]} {words[-1]} {words[0]}"}:
+        tokens = sentence.split()
+        for end in range(len(tokens) + 1):
+            assert total_probability(model, words, tokens[:end]) == pytest.approx(1, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_was_seen_is_likelier_than_unseen(name, tmp_path):
+    text = TEXTS[name]
+    model = load_model(build_ngram(text, tmp_path / "lm.arpa"))
+    for sentence in set(text[:6]):
+        words = sentence.split()
+        assert model.score(sentence) > model.score(" ".join([*words[:-1], "unheard-of"]))
+        assert model.perplexity(sentence) < 100
+
+
+def test_a_sentence_beats_its_words_shuffled(tmp_path):
+    model = load_model(build_ngram(some_text(), tmp_path / "lm.arpa"))
+    for sentence in ROUTES:
+        backwards = " ".join(reversed(sentence.split()))
+        assert model.score(sentence) > model.score(backwards) + 2
+
+
+def test_perplexity_of_random_digits_is_their_number(tmp_path):
+    rng = random.Random(0)
+    train, test = ([" ".join(rng.choices(DIGITS, k=30)) for _ in range(n)] for n in (600, 50))
+    model = load_model(build_ngram(train, tmp_path / "lm.arpa", order=2))
+    tokens = sum(len(s.split()) + 1 for s in test)
+    perplexity = 10 ** (-sum(model.score(s) for s in test) / tokens)
+    # Each of 30 digits costs log 10; the end of the sentence comes once in 31.
+    assert perplexity == pytest.approx(math.exp((30 * math.log(10 * 31 / 30) + math.log(31)) / 31), rel=0.03)
+
+
+def test_unknown_words_have_a_probability(tmp_path):
+    path = build_ngram(some_text(), tmp_path / "lm.arpa")
+    assert path.read_text().count("\t<unk>\n") == 1
+    assert -6 < load_model(path).score("unheard-of", bos=False, eos=False) < 0
+
+
+def test_the_same_text_gives_the_same_file(tmp_path):
+    a, b = (build_ngram(iter(some_text()), tmp_path / f"{name}.arpa") for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_words_are_those_of_the_text_and_of_the_list_beside(tmp_path):
+    path = build_ngram(["naïve café", "naïve", " ", ""], tmp_path / "deep" / "lm.arpa", order=2)
+    assert sorted(load_unigrams(path)) == ["café", "naïve"]
+    assert vocabulary_path(path).read_text() == "café\nnaïve\n"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["lm.arpa", "lm.vocab.txt"]
+    zipped = tmp_path / "lm.arpa.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert load_unigrams(zipped) == load_unigrams(path)
+
+
+def test_words_of_a_binary_come_from_the_list_beside(tmp_path):
+    binary = tmp_path / "lm.binary"
+    binary.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(100))
+    with pytest.raises(LMError, match=r"keeps no list of its words, and there is no .*lm\.vocab\.txt"):
+        load_unigrams(binary)
+    vocabulary_path(binary).write_text("<s>\none\ntwo\n")
+    assert load_unigrams(binary) == ["one", "two"]
+
+
+def test_sentences_come_from_text_and_from_manifests(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\n  \nthree\n")
+    assert read_sentences(tmp_path / "a.txt") == ["one two", "three"]
+    write_manifest(
+        tmp_path / "a.jsonl", [Utterance(id="u", audio_filepath=tmp_path / "u.wav", duration=1.0, text="hi")]
+    )
+    assert read_sentences(tmp_path / "a.jsonl") == ["hi"]
+    with pytest.raises(LMError, match=r"none\.txt: cannot be read as text"):
+        read_sentences(tmp_path / "none.txt")
+    with pytest.raises(ManifestError, match=r"none\.jsonl"):
+        read_sentences(tmp_path / "none.jsonl")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(LMError, match=r"b\.txt: cannot be read as text"):
+        read_sentences(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("sentences", "order", "message"),
+    [
+        ([], 3, r"holds 0 sentence\(s\): .* two or more, one a line"),
+        (["", "  "], 3, r"holds 0 sentence\(s\)"),
+        (["all of the text on one line"], 3, r"holds 1 sentence\(s\)"),
+        (["a b", "c"], 0, "order 0: KenLM reads models of order 2 to 6"),
+        (["a b", "c"], 1, "order 1"),
+        (["a b", "c"], 7, "order 7"),
+        (["a b", "c"], 5, "order 5: .* makes 4 tokens; use at most 4"),
+        (["a <s> b", "c"], 2, "holds <s>"),
+    ],
+)
+def test_text_that_makes_no_model_is_refused(sentences, order, message, tmp_path):
+    with pytest.raises(LMError, match=message):
+        build_ngram(sentences, tmp_path / "lm.arpa", order=order)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_model_are_refused(tmp_path):
+    missing, text, broken = tmp_path / "none.arpa", tmp_path / "a.txt", tmp_path / "broken.arpa"
+    with pytest.raises(LMError, match="no language model .*; build one with `jaxds2 lm build TEXT --out"):
+        load_unigrams(missing)
+    text.write_text("one two\n")
+    with pytest.raises(LMError, match="expected an ARPA file or a KenLM binary"):
+        load_unigrams(text)
+    whole = build_ngram(some_text(), tmp_path / "lm.arpa").read_text()
+    broken.write_text(whole[: len(whole) // 2])
+    with pytest.raises(LMError, match=r"broken\.arpa: KenLM cannot read it"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("package", ["kenlm", "kaldingram.train"])
+def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, monkeypatch):
+    path = build_ngram(["a b", "c"], tmp_path / "lm.arpa")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(LMError, match=rf"needs {package.split('.')[0]}: pip install 'jaxds2\[lm\]'"):
+        build_ngram(["a b", "c"], tmp_path / "lm.arpa") if package != "kenlm" else load_model(path)
+
+
+def test_nothing_is_printed_but_progress(tmp_path, capfd):
+    load_model(build_ngram(some_text(), tmp_path / "lm.arpa"))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "gram {" not in err
+    assert "Loading the LM" not in err

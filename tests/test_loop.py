@@ -1,0 +1,235 @@
+"""Training as a whole: it learns, it resumes to the bit, it refuses what it should, it names what it leaves out."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxds2.config import (
+    AugmentConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    FeatureConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.evaluation.evaluate import EvaluationError, evaluate
+from jaxds2.inference.recognizer import Recognizer
+from jaxds2.inference.transcribe import transcribe
+from jaxds2.training import loop
+from jaxds2.training.checkpoint import CheckpointError, Checkpoints, digest
+from jaxds2.training.loop import FINISHED, STOPPED, TrainingError, train
+from jaxds2.training.monitor import Monitor
+
+
+def config(tones: Path, *, steps: int = 8, **training) -> Config:
+    return Config(
+        name="tones",
+        data=DataConfig(
+            train=(str(tones / "train.jsonl"),),
+            dev=str(tones / "dev.jsonl"),
+            characters="abc ",
+            batch_seconds=8.0,
+            num_buckets=1,
+            rows_multiple=2,
+        ),
+        features=FeatureConfig(n_mels=20),
+        augment=AugmentConfig(speed=0.05, freq_masks=1, freq_mask_bins=3, time_masks=0),
+        model=ModelConfig(
+            conv_channels=(8,), conv_kernels=((3, 3),), conv_strides=((2, 2),), width=32, hidden=16, layers=1
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=5),
+        training=TrainingConfig(**{"steps": steps, "ema_decay": 0.5, "eval_every": 1000, "log_every": 1} | training),
+    )
+
+
+def run_digest(run_dir: Path) -> tuple[str, int]:
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        step = checkpoints.resolve("last")
+        return digest(*checkpoints.restore_weights(step)), step
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    merged: dict[int, dict[str, float]] = {}
+    for record in map(json.loads, lines):
+        merged.setdefault(record["step"], {}).update(record)
+    return merged
+
+
+@pytest.fixture(scope="module")
+def whole(tones, tmp_path_factory) -> Path:
+    """A run of eight steps that never stopped; an epoch has more than two and fewer than eight."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(config(tones), run_dir, progress=False) == FINISHED
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def learnt(tones, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("learnt") / "run"
+    assert train(config(tones, steps=120, eval_every=60), run_dir, progress=False) == FINISHED
+    return run_dir
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at):
+    advance = Monitor.advance
+
+    def stop(self, step, **values):
+        advance(self, step, **values)
+        if step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "advance", stop)
+        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+    assert stop_at <= run_digest(tmp_path / "run")[1] < 8
+    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+    for step, values in metrics(whole).items():
+        assert metrics(tmp_path / "run")[step]["train/loss"] == values["train/loss"]
+
+
+def test_the_config_and_the_vocabulary_are_in_the_run_and_in_the_checkpoint(tones, whole):
+    assert loop.read_config(whole / "config.json") == config(tones)
+    with Checkpoints(whole / "checkpoints") as checkpoints:
+        meta = checkpoints.read_meta(8)
+    assert meta["characters"] == "abc "
+    assert meta["config"]["model"]["width"] == 32
+
+
+def test_a_finished_run_is_not_trained_again(tones, whole):
+    before = run_digest(whole)
+    assert train(config(tones), whole, progress=False) == FINISHED
+    assert run_digest(whole) == before
+
+
+def test_a_run_of_another_config_is_refused_by_the_fields_that_differ(tones, whole):
+    other = dataclasses.replace(config(tones), optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=5))
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.02 -> 0\.5.*--run"):
+        train(other, whole, progress=False)
+
+
+def test_what_does_not_change_the_result_may_differ_on_resume(tones, whole):
+    before = run_digest(whole)
+    assert train(config(tones, log_every=3), whole, progress=False) == FINISHED
+    assert run_digest(whole) == before
+
+
+def test_tones_are_learnt_to_the_letter(tones, learnt):
+    recognizer = Recognizer.load(learnt)
+    dev = read_manifest(tones / "dev.jsonl")
+    scores = evaluate(
+        recognizer, dev, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary), progress=False
+    )
+    assert scores.hyps == scores.refs
+    assert scores.words.errors == 0
+    assert scores.words.reference == sum(len(u.text.split()) for u in dev)
+
+
+def test_metrics_hold_what_people_watch(learnt):
+    last = metrics(learnt)[120]
+    for name in (
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "skipped",
+        "infeasible",
+        "padding_share",
+        "audio_hours_per_hour",
+    ):
+        assert f"train/{name}" in last
+    assert {"dev/loss", "dev/wer", "dev/cer"} <= set(last)
+    assert last["dev/wer"] == 0
+    assert 0 < last["train/padding_share"] < 0.9
+    assert last["train/learning_rate"] < 1e-3
+
+
+def test_transcribe_reads_any_file_and_reports_the_bad_one(tones, learnt, tmp_path):
+    import soundfile
+
+    recognizer = Recognizer.load(learnt)
+    waveform, _ = soundfile.read(tones / "dev-00.wav")
+    stereo = np.repeat(np.stack([waveform, waveform], axis=1), 2, axis=0)  # 32 kHz, two channels
+    soundfile.write(tmp_path / "stereo.flac", stereo, 32_000)
+    (tmp_path / "bad.wav").write_text("this is no audio")
+    paths = [tmp_path / "stereo.flac", tmp_path / "bad.wav", tones / "dev-01.wav", tmp_path / "missing.wav"]
+    texts = transcribe(recognizer, paths, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary))
+    refs = [u.text for u in read_manifest(tones / "dev.jsonl")]
+    assert [t.path for t in texts] == paths
+    assert texts[0].text == refs[0]
+    assert texts[2].text == refs[1]
+    assert "bad.wav" in str(texts[1].error)
+    assert "missing.wav" in str(texts[3].error)
+
+
+def test_a_manifest_with_a_bad_file_is_not_scored_on_the_rest(tones, learnt, tmp_path):
+    dev = read_manifest(tones / "dev.jsonl")
+    dev[1] = dataclasses.replace(dev[1], audio_filepath=tmp_path / "gone.wav")
+    recognizer = Recognizer.load(learnt)
+    with pytest.raises(EvaluationError, match=r"1 of 6 .*gone\.wav"):
+        evaluate(recognizer, dev, lambda log_probs_UV: "", progress=False)
+
+
+def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
+    utterances = read_manifest(tones / "train.jsonl")
+    utterances[3] = dataclasses.replace(utterances[3], audio_filepath=tmp_path / "gone.wav")
+    write_manifest(tmp_path / "train.jsonl", utterances)
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),), dev=None)
+    assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
+    assert "gone.wav" in (tmp_path / "run/train.log").read_text()
+    assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
+
+
+def test_what_is_left_out_is_named_by_reason(tones, tmp_path):
+    base = config(tones)
+    data = dataclasses.replace(base.data, max_duration=0.5, dev=None)
+    assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
+    log = (tmp_path / "run/train.log").read_text()
+    long = [u.id for u in read_manifest(tones / "train.jsonl") if u.duration > 0.5]
+    assert f"left out: {len(long)} longer than 0.5 s: {' '.join(long)}" in log
+
+
+def test_nothing_left_to_train_on_is_one_clear_line(tones, tmp_path):
+    base = config(tones)
+    data = dataclasses.replace(base.data, max_duration=0.11)
+    with pytest.raises(ConfigError, match=r"all 40 utterances are left out \(40 longer than 0\.11 s\)"):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+
+
+def test_diverging_stops_by_name_after_so_many_skipped_steps(tones, tmp_path, monkeypatch):
+    base = config(tones, max_skipped=3)
+    create = loop.create
+
+    def poisoned(*args, **kwargs):
+        apply, params = create(*args, **kwargs)
+        return apply, params | {"head.bias": np.full_like(params["head.bias"], np.nan)}
+
+    monkeypatch.setattr(loop, "create", poisoned)
+    with pytest.raises(TrainingError, match=r"3 steps in a row .*train-\d\d"):
+        train(base, tmp_path / "run", progress=False)
+
+
+def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, learnt, tmp_path):
+    base = config(tones, steps=1, init_from=str(learnt))
+    data = dataclasses.replace(base.data, characters="abcd ")
+    assert train(dataclasses.replace(base, data=data), tmp_path / "new", progress=False) == FINISHED
+    log = (tmp_path / "new/train.log").read_text()
+    assert "new: head.bias head.kernel" in log
+    wider = dataclasses.replace(base, model=dataclasses.replace(base.model, width=48))
+    with pytest.raises(CheckpointError, match="same model"):
+        train(wider, tmp_path / "wider", progress=False)
+
+
+def test_evaluating_a_folder_that_is_no_run_is_one_clear_line(tmp_path):
+    with pytest.raises(ConfigError, match="is .* a run"):
+        Recognizer.load(tmp_path)

@@ -1,0 +1,52 @@
+"""What the lock installed is what the project was built on; every extra resolves with a current jax."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOCK = (ROOT / "requirements/cpu.lock").read_text()
+
+
+def pins() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, version in re.findall(r"^([A-Za-z0-9_.-]+)==([^ ;\\]+)", LOCK, flags=re.MULTILINE):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def test_jax_is_not_what_an_old_resolver_would_fall_back_to():
+    import jax
+
+    assert tuple(map(int, jax.__version__.split(".")[:3])) >= (0, 10, 2)
+    assert jax.__version__ in pins()["jax"]
+
+
+def test_the_lock_pins_every_package_by_hash_and_names_no_host():
+    assert "://" not in LOCK
+    assert "--index-url" not in LOCK
+    requirements = re.findall(r"^[a-z].*?(?=^[a-z]|\Z)", LOCK, flags=re.MULTILINE | re.DOTALL)
+    assert len(requirements) > 50
+    assert all("--hash=sha256:" in requirement for requirement in requirements)
+
+
+@pytest.mark.parametrize("name", ["jax", "flax", "optax", "orbax-checkpoint", "grain", "librosa", "jiwer", "tensorboard"])
+def test_the_lock_holds_the_packages_that_the_project_names(name):
+    assert name in pins()
+
+
+def test_pyctcdecode_is_in_the_lock_only():
+    assert pins()["pyctcdecode"] == ["0.5.0"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert not re.search(r'^\s*"?pyctcdecode', project, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["jaxds2.cli", "jaxds2.config", "jaxds2.data.manifest", "jaxds2.audio", "jaxds2.data.plan"])
+def test_light_modules_import_no_heavy_ones(module):
+    heavy = "{'grain', 'librosa', 'matplotlib', 'soundfile', 'jiwer', 'kenlm', 'pyctcdecode', 'tensorboardX', 'orbax'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,218 @@
+"""The training step: forms agree, devices agree, precision is where it should be, nothing bad is learnt."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxds2.config import AugmentConfig, FeatureConfig, ModelConfig, OptimizerConfig
+from jaxds2.data.pipeline import Batch
+from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.model.deepspeech2 import create
+from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxds2.training.step import TrainState, make_eval_step, make_train_step
+
+FEATURES = FeatureConfig(n_mels=20)
+AUGMENT = AugmentConfig(freq_mask_bins=4, mel_warp=0.05)
+MODEL = ModelConfig(conv_channels=(4, 4), width=16, hidden=8, layers=2, dropout=0.1, scan="sequential")
+OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
+V = 6
+
+
+def batch(rows: int = 4, seed: int = 0, epoch: int = 0, samples: int = 12_000) -> Batch:
+    rng = np.random.default_rng(seed)
+    lengths_B = rng.integers(samples // 2, samples, rows).astype(np.int32)
+    audio_BS = rng.integers(-8000, 8000, (rows, samples)).astype(np.int16)
+    audio_BS[np.arange(samples)[None] >= lengths_B[:, None]] = 0
+    labels_BN = rng.integers(1, V, (rows, 5)).astype(np.int32)
+    label_lengths_B = rng.integers(1, 5, rows).astype(np.int32)
+    index_B = np.arange(rows, dtype=np.int32)
+    return Batch(audio_BS, lengths_B, labels_BN, label_lengths_B, index_B, np.int32(epoch))
+
+
+def setup(
+    model: ModelConfig = MODEL, *, dtype=jnp.float32, ema_decay=0.9, optimizer=OPTIMIZER, total_steps=20, **kwargs
+):
+    apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
+    tx = make_optimizer(optimizer, total_steps)
+    state = TrainState.create(params, tx, ema_decay=ema_decay)
+    step = make_train_step(apply, tx, FEATURES, kwargs.get("augment", AUGMENT), seed=0, ema_decay=ema_decay)
+    return state, step
+
+
+def run(state, step, steps=5, dtype_promotion="strict", **kwargs):
+    step, losses = jax.jit(step), []
+    with jax.numpy_dtype_promotion(dtype_promotion):
+        for s in range(steps):
+            state, metrics = step(state, batch(seed=s, **kwargs))
+            losses.append(float(metrics.loss))
+    return state, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def sequential():
+    return run(*setup())
+
+
+@pytest.mark.parametrize("scan", ["associative", "fused"])
+def test_five_steps_under_each_form_of_the_scan_are_equal(scan, sequential):
+    state, losses = run(*setup(dataclasses.replace(MODEL, scan=scan)))
+    np.testing.assert_allclose(losses, sequential[1], rtol=1e-4)
+    for name, value in state.params.items():
+        np.testing.assert_allclose(value, sequential[0].params[name], atol=2e-3, err_msg=name)
+
+
+def test_training_lowers_the_loss(sequential):
+    state, step = setup()
+    step = jax.jit(step)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch())
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bfloat16_follows_float32_within_5_percent_of_loss(sequential):
+    # flax's LayerNorm promotes its bfloat16 input on its own, so promotion is not strict here.
+    _, losses = run(*setup(dtype=jnp.bfloat16), dtype_promotion="standard")
+    np.testing.assert_allclose(losses, sequential[1], rtol=0.05)
+
+
+def test_bfloat16_reaches_the_matmuls_and_not_the_scan_the_loss_or_the_state():
+    state, step = setup(dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        text = jax.jit(step).lower(state, batch()).as_text()
+        new_state = jax.eval_shape(step, state, batch())[0]
+    forward = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "tensor<16x8xbf16>" in line]
+    assert forward
+    assert not [line for line in text.splitlines() if "stablehlo.convolution" in line and "f32" in line.split("->")[0]]
+    # Loops over time (the scan, CTC's forward pass) carry float32 or integers only.
+    loops = [line for line in text.splitlines() if "stablehlo.while" in line]
+    assert loops
+    for tree in (new_state.params, new_state.ema, new_state.opt_state):
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        assert dtypes == {jnp.dtype("float32")}
+
+
+def test_two_devices_and_one_draw_the_same_and_lose_the_same():
+    losses = {}
+    for devices in (1, 2):
+        mesh = data_mesh(devices, rows_multiple=4)
+        state, step = setup()
+        state, step = replicate(state, mesh), jax.jit(step)
+        values = []
+        for s in range(10):
+            state, metrics = step(state, place(batch(seed=s), mesh))
+            values.append(float(metrics.loss))
+        losses[devices] = values
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+
+
+def test_the_compiled_step_reduces_gradients_over_devices():
+    mesh = data_mesh(2, rows_multiple=4)
+    state, step = setup()
+    compiled = jax.jit(step).lower(replicate(state, mesh), place(batch(), mesh)).compile()
+    assert "all-reduce" in compiled.as_text()
+    alone = data_mesh(1, rows_multiple=4)
+    compiled = jax.jit(step).lower(replicate(state, alone), place(batch(), alone)).compile()
+    assert "all-reduce" not in compiled.as_text()
+
+
+def test_a_filler_row_changes_nothing():
+    state, step = setup()
+    full = batch(rows=4)
+    padded = Batch(
+        *(
+            np.concatenate([x, np.zeros_like(x[:2])]) if np.ndim(x) else x
+            for x in (full.audio_BS, full.audio_lengths_B, full.labels_BN, full.label_lengths_B)
+        ),
+        index_B=np.concatenate([full.index_B, np.full(2, -1, np.int32)]),
+        epoch=full.epoch,
+    )
+    state_full, metrics_full = jax.jit(step)(state, full)
+    state_padded, metrics_padded = jax.jit(step)(state, padded)
+    np.testing.assert_allclose(metrics_padded.loss, metrics_full.loss, rtol=1e-5)
+    assert int(metrics_padded.utterances) == 4
+    assert not metrics_padded.infeasible_B.any()
+    for name, value in state_full.params.items():
+        # Adam's first step is a sign: compare where the gradient is not rounding noise.
+        difference = np.abs(np.asarray(value) - np.asarray(state_padded.params[name]))
+        assert np.quantile(difference, 0.9) < 1e-4, name
+
+
+def test_a_label_that_cannot_fit_is_named_and_left_out():
+    state, step = setup()
+    good = batch()
+    bad = dataclasses.replace(good, audio_lengths_B=good.audio_lengths_B.copy(), labels_BN=good.labels_BN.copy())
+    bad.audio_lengths_B[2] = 900  # 3 frames in, 1 out
+    bad.label_lengths_B[2] = 4
+    state, metrics = jax.jit(step)(state, bad)
+    np.testing.assert_array_equal(metrics.infeasible_B, [False, False, True, False])
+    assert int(metrics.utterances) == 3
+    assert bool(metrics.finite)
+
+
+def test_a_non_finite_step_is_skipped_and_counted():
+    state, step = setup()
+    poisoned = {name: jnp.full_like(p, jnp.nan) if name == "head.bias" else p for name, p in state.params.items()}
+    state = dataclasses.replace(state, params=poisoned)
+    new, metrics = jax.jit(step)(state, batch())
+    assert not bool(metrics.finite)
+    assert int(new.step) == 1
+    assert (int(new.skipped), int(new.skipped_in_row)) == (1, 1)
+    for old, kept in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(new.opt_state), strict=True):
+        np.testing.assert_array_equal(old, kept)
+    good = dataclasses.replace(new, params=setup()[0].params)
+    after, metrics = jax.jit(step)(good, batch())
+    assert bool(metrics.finite)
+    assert (int(after.skipped), int(after.skipped_in_row)) == (1, 0)
+
+
+def test_augmentation_and_dropout_change_with_the_epoch_and_not_with_the_batch():
+    state, step = setup(total_steps=1)
+    step = jax.jit(step)
+    losses = [float(step(state, batch(epoch=epoch))[1].loss) for epoch in (0, 1, 0)]
+    assert losses[0] == losses[2]
+    assert losses[0] != losses[1]
+
+
+def test_the_average_follows_the_weights():
+    state, step = setup(ema_decay=0.5)
+    new, _ = jax.jit(step)(state, batch())
+    for name, value in new.params.items():
+        # After the first step the decay is 1/10.
+        np.testing.assert_allclose(new.ema[name], 0.1 * state.params[name] + 0.9 * value, rtol=1e-5, atol=1e-7)
+    assert setup(ema_decay=0.0)[0].ema is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_optimizer_takes_a_step_of_about_the_learning_rate(name):
+    optimizer = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
+    state, step = setup(optimizer=optimizer, total_steps=100)
+    new, _ = jax.jit(step)(state, batch())
+    kernel = "layers.0.output.kernel"
+    rms = float(jnp.sqrt(jnp.mean((new.params[kernel] - state.params[kernel]) ** 2)))
+    assert 1e-3 < rms < 2e-2
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, warmup_steps=10), 100)
+    assert float(schedule(0)) == 0
+    assert float(schedule(10)) == pytest.approx(1e-3)
+    assert float(schedule(55)) == pytest.approx(5e-4)
+    assert float(schedule(100)) == pytest.approx(0, abs=1e-9)
+
+
+def test_evaluation_is_the_same_in_any_batch():
+    apply, params = create(FEATURES.n_mels, V, MODEL, dtype=jnp.float32)
+    step = jax.jit(make_eval_step(apply, FEATURES))
+    together = step(params, batch())
+    for row in range(4):
+        alone = step(params, jax.tree.map(lambda x, row=row: x[row : row + 1] if np.ndim(x) else x, batch()))
+        frames = int(alone.logit_lengths_B[0])
+        np.testing.assert_allclose(
+            together.log_probs_BUV[row, :frames], alone.log_probs_BUV[0, :frames], rtol=1e-3, atol=1e-4
+        )
+        np.testing.assert_allclose(together.loss_B[row], alone.loss_B[0], rtol=1e-4)
