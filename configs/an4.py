@@ -5,7 +5,8 @@
 
 Trains on all 948 training utterances for a fixed number of steps; the recipe was chosen on the 7 dev speakers, with
 
-    python train.py --config configs/an4.py --run runs/an4-dev data.train=data/an4/train.jsonl data.dev=data/an4/dev.jsonl
+    python train.py --config configs/an4.py --run runs/an4-dev \\
+        data.train=data/an4/train.jsonl data.dev=data/an4/dev.jsonl
 """
 
 from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

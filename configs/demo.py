@@ -1,8 +1,8 @@
 """The spoken demo corpus: digits and commands by synthetic voices; `make demo` runs it, two cores, about three minutes.
 
-    jaxds2 prepare demo --out data/demo
-    python train.py --config configs/demo.py
-    python eval.py --run runs/demo --manifest data/demo/test.jsonl
+jaxds2 prepare demo --out data/demo
+python train.py --config configs/demo.py
+python eval.py --run runs/demo --manifest data/demo/test.jsonl
 """
 
 from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

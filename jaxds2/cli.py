@@ -1,4 +1,4 @@
-"""The command line: `jaxds2 prepare | check | train | eval | lm | transcribe | digest | demo`. Arguments only, no logic.
+"""The command line, `jaxds2 prepare | check | train | eval | lm | transcribe | digest | demo`: arguments, no logic.
 
 Heavy modules are imported by the command that needs them, so that `--help` and a typo answer at once.
 """

@@ -29,6 +29,19 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_types(section: Any) -> None:
+    """Before the values of a section are compared with anything: are they of the types that its fields declare?"""
+    hints = typing.get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        try:
+            # Set, since an int where a float belongs becomes one.
+            object.__setattr__(section, f.name, _coerce(hints[f.name], value))
+        except _MismatchError:
+            expected = _describe(hints[f.name])
+            raise ConfigError(f"{type(section).__name__}.{f.name}: expected {expected}, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which utterances, and how they become batches."""
@@ -40,7 +53,7 @@ class DataConfig:
     test: tuple[str, ...] = ()
     """Manifests for the final figures; never read by training."""
     durations: str | None = None
-    """Histogram of durations that `--dry-run` uses where a manifest of `train` is missing (JSON, see configs/durations/)."""
+    """Histogram of durations (JSON, see configs/durations/) for `--dry-run` where a manifest of `train` is missing."""
     characters: str = "abcdefghijklmnopqrstuvwxyz' "
     """The alphabet, in the order of the output classes 1, 2, ...; class 0 is the CTC blank."""
     min_duration: float = 0.1
@@ -57,6 +70,7 @@ class DataConfig:
     """Processes that decode audio; 0 decodes in threads of the training process. The batches do not depend on it."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.batch_seconds > 0, f"data.batch_seconds={self.batch_seconds}: must be above 0")
         _require(0 <= self.min_duration < self.max_duration, "data.min_duration must be below data.max_duration")
         _require(self.num_buckets >= 1, f"data.num_buckets={self.num_buckets}: must be at least 1")
@@ -80,6 +94,7 @@ class FeatureConfig:
     streaming, where the rest of the utterance is not there yet."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(
             self.window_length <= self.n_fft,
             f"features.n_fft={self.n_fft}: shorter than the window ({self.window_length})",
@@ -116,6 +131,7 @@ class AugmentConfig:
     """Widest time mask, as a share of the utterance."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(0 <= self.speed < 0.5, f"augment.speed={self.speed}: must be in [0, 0.5)")
         _require(0 <= self.mel_warp < 0.5, f"augment.mel_warp={self.mel_warp}: must be in [0, 0.5)")
         _require(
@@ -149,7 +165,7 @@ class ModelConfig:
     """State width of a minGRU, per direction."""
     bidirectional: bool = True
     lookahead: int = 0
-    """Future output frames that the lookahead convolution of a unidirectional model sees (Deep Speech 2, section 3.6)."""
+    """Future output frames that a unidirectional model's lookahead convolution sees (Deep Speech 2, section 3.6)."""
     candidate: Literal["linear", "g"] = "linear"
     """The candidate state: `W x`, or `g(W x)` with the minGRU paper's g."""
     gate_bias: float = 0.0
@@ -163,6 +179,7 @@ class ModelConfig:
     scan: Literal["auto", "associative", "sequential", "fused"] = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         n = len(self.conv_channels)
         _require(
             len(self.conv_kernels) == n and len(self.conv_strides) == n,
@@ -204,6 +221,7 @@ class OptimizerConfig:
     """Global gradient norm above which the gradient is scaled down; None: never."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be above 0")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be 0 or more")
         _require(
@@ -222,8 +240,8 @@ class TrainingConfig:
     steps: int | None = None
     """Length of the run; overrides `epochs` when both are given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of the matmuls; `auto` is bfloat16 on an accelerator and float32 on a CPU. Parameters, scan, CTC and
-    normalisation are always float32."""
+    """Compute dtype of the matmuls; `auto` is bfloat16 on an accelerator and float32 on a CPU. Parameters, scan, CTC
+    and normalisation are always float32."""
     devices: int | None = None
     """Number of local devices to use; None: all."""
     ema_decay: float = 0.999
@@ -240,6 +258,8 @@ class TrainingConfig:
     """Run whose best weights to start from; the head is renewed where the alphabet differs."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.seed >= 0, f"training.seed={self.seed}: must be 0 or more")
         for name in ("epochs", "steps", "checkpoint_every", "eval_every", "devices"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name}={value}: must be at least 1")
@@ -262,6 +282,7 @@ class Config:
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(
             self.version == CONFIG_VERSION,
             f"config version {self.version}: this jaxds2 reads version {CONFIG_VERSION}; use the jaxds2 that wrote it",
@@ -300,7 +321,8 @@ def _call_get_config(path: Path, get_config: Any) -> Config:
     except TypeError as e:
         # A misspelt keyword in the file: name the field as the command line would.
         if m := re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e)):
-            sections = {c.__name__: c for c in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(c)}
+            hints = typing.get_type_hints(Config).values()
+            sections: dict[str, type] = {c.__name__: c for c in hints if isinstance(c, type)}
             names = [f.name for f in dataclasses.fields({"Config": Config, **sections}.get(m[1], Config))]
             near = difflib.get_close_matches(m[2], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(names)}"
@@ -308,7 +330,7 @@ def _call_get_config(path: Path, get_config: Any) -> Config:
         raise ConfigError(f"{path}: {e}") from e
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, expected jaxds2.config.Config")
-    return from_dict(to_dict(config))  # once through the type check
+    return config
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

@@ -1,5 +1,6 @@
 """Connectionist temporal classification (Graves et al. 2006): the loss, and which labels fit their frames at all."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +12,7 @@ from jaxds2.text import BLANK_ID
 
 def min_frames(label: Sequence[int]) -> int:
     """Fewest frames that can spell a label: one per label, and a blank between equal neighbours."""
-    return len(label) + sum(a == b for a, b in zip(label, label[1:], strict=False))
+    return len(label) + sum(a == b for a, b in itertools.pairwise(label))
 
 
 def feasible(logit_lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array) -> jax.Array:
@@ -26,9 +27,9 @@ def ctc_loss(
 ) -> jax.Array:
     """Negative log-likelihood of each label, in nats, float32 (B,).
 
-    Rows that cannot fit, for which the likelihood is zero, give 0 and no gradient (see `feasible`): mask them out of a mean
-    by counting them. Computed by optax in float32 whatever the dtype of the logits; tiny negative values, which its
-    arithmetic can give for near-certain labels, are clamped to 0.
+    Rows that cannot fit (see `feasible`), whose likelihood is zero, give 0 and no gradient; a mean must not count them.
+    Computed by optax in float32 whatever the dtype of the logits; tiny negative values, which its arithmetic can give
+    for near-certain labels, are clamped to 0.
 
     Args:
       logits_BUV: class BLANK_ID is the blank; what stands beyond an utterance's length is ignored.

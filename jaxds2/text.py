@@ -33,9 +33,9 @@ class Vocabulary:
     def normalize(self, text: str) -> str:
         """Bring a transcript to the form that the model is trained on.
 
-        Unicode NFKC, typographic apostrophes made plain, lower case unless the alphabet has capitals, punctuation that is
-        not in the alphabet turned into spaces, white space collapsed. Letters and digits outside the alphabet stay: they
-        are for `unknown` to report, not for us to drop.
+        Unicode NFKC, typographic apostrophes made plain, lower case unless the alphabet has capitals, punctuation that
+        is not in the alphabet turned into spaces, white space collapsed. Letters and digits outside the alphabet stay:
+        they are for `unknown` to report, not for us to drop.
         """
         text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES))
         if not any(c.isupper() for c in self.characters):

@@ -201,7 +201,7 @@ def test_default_is_below_the_file_is_below_the_command_line(tmp_path: Path):
         ),
         (
             "def get_config():\n    return Config('x', model='large', training=TrainingConfig(steps=3))\n",
-            "model: expected a section with fields, got str",
+            "model: expected ModelConfig, got 'large'",
         ),
         (
             "def get_config():\n    return Config('x', model=ModelConfig(dropout=2.0))\n",

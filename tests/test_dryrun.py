@@ -117,7 +117,7 @@ def test_every_shipped_config_with_a_histogram_dry_runs_without_data(
     assert found.utterances == kept
     assert str(histogram) in found.source
     report = found.render()
-    assert f"the histogram {histogram}" in report
+    assert str(histogram) in report.split()
     assert "estimate" in report
     assert 0 < found.padding_share < 0.2
     rows = {b.rows % config.data.rows_multiple for b in found.buckets}

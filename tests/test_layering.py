@@ -30,6 +30,7 @@ FLOORS = (
 ARROWS = {
     ("model.deepspeech2", "model.mingru"),
     ("data.pipeline", "data.plan"),
+    ("decoding.beam", "decoding.lm"),
     ("data.placement", "data.pipeline"),
     ("training.loop", "evaluation.evaluate"),
     ("training.loop", "inference.recognizer"),

@@ -2,6 +2,7 @@ import gzip
 import itertools
 import math
 import random
+import re
 import sys
 
 import pytest
@@ -12,8 +13,8 @@ from jaxds2.decoding.lm import LMError, build_ngram, load_model, load_unigrams, 
 kenlm = pytest.importorskip("kenlm")
 pytest.importorskip("kaldingram")
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-ROUTES = "turn left at the next light;turn right at the bank;stop at the next bank;go on to the light".split(";")
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ROUTES = ["turn left at the next light", "turn right at the bank", "stop at the next bank", "go on to the light"]
 
 
 def some_text(seed=0, lines=200):
@@ -148,7 +149,7 @@ def test_text_that_makes_no_model_is_refused(sentences, order, message, tmp_path
 
 def test_files_that_are_no_model_are_refused(tmp_path):
     missing, text, broken = tmp_path / "none.arpa", tmp_path / "a.txt", tmp_path / "broken.arpa"
-    with pytest.raises(LMError, match="no language model .*; build one with `jaxds2 lm build TEXT --out"):
+    with pytest.raises(LMError, match=r"no language model .*; build one with `jaxds2 lm build TEXT --out"):
         load_unigrams(missing)
     text.write_text("one two\n")
     with pytest.raises(LMError, match="expected an ARPA file or a KenLM binary"):
@@ -171,5 +172,4 @@ def test_nothing_is_printed_but_progress(tmp_path, capfd):
     load_model(build_ngram(some_text(), tmp_path / "lm.arpa"))
     out, err = capfd.readouterr()
     assert out == ""
-    assert "gram {" not in err
-    assert "Loading the LM" not in err
+    assert set(re.findall(r"[A-Za-z][\w -]+", re.sub(r"\[.*?\]", "", err))) <= {"count n-grams", "estimate"}

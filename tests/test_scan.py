@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.model.scan import Candidate, activate_candidate, linear_recurrence, mingru_recurrence, mingru_step
+from jaxds2.model.scan import (
+    Candidate,
+    Implementation,
+    activate_candidate,
+    linear_recurrence,
+    mingru_recurrence,
+    mingru_step,
+)
 
-FORMS = ["associative", "sequential", "fused"]
+FORMS: list[Implementation] = ["associative", "sequential", "fused"]
 CANDIDATES: list[Candidate] = ["linear", "g"]
 
 

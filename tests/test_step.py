@@ -114,10 +114,10 @@ def test_the_compiled_step_reduces_gradients_over_devices():
     mesh = data_mesh(2, rows_multiple=4)
     state, step = setup()
     compiled = jax.jit(step).lower(replicate(state, mesh), place(batch(), mesh)).compile()
-    assert "all-reduce" in compiled.as_text()
+    assert "all-reduce" in str(compiled.as_text())
     alone = data_mesh(1, rows_multiple=4)
     compiled = jax.jit(step).lower(replicate(state, alone), place(batch(), alone)).compile()
-    assert "all-reduce" not in compiled.as_text()
+    assert "all-reduce" not in str(compiled.as_text())
 
 
 def test_a_filler_row_changes_nothing():
@@ -199,10 +199,8 @@ def test_each_optimizer_takes_a_step_of_about_the_learning_rate(name):
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, warmup_steps=10), 100)
-    assert float(schedule(0)) == 0
-    assert float(schedule(10)) == pytest.approx(1e-3)
-    assert float(schedule(55)) == pytest.approx(5e-4)
-    assert float(schedule(100)) == pytest.approx(0, abs=1e-9)
+    rates = [float(np.asarray(schedule(step))) for step in (0, 10, 55, 100)]
+    np.testing.assert_allclose(rates, [0, 1e-3, 5e-4, 0], atol=1e-9)
 
 
 def test_evaluation_is_the_same_in_any_batch():

@@ -38,7 +38,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would split a text at U+2028
     except FileNotFoundError:
         raise ManifestError(f"no manifest {path}; write one with `jaxds2 prepare`, see README") from None
     except (OSError, UnicodeDecodeError) as e:

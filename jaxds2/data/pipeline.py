@@ -4,6 +4,7 @@ The element of grain's source is a whole step, so the order is the plan's, whate
 of the loader is the number of the next step.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,10 @@ DURATION_TOLERANCE = 0.1
 """Seconds by which a file may differ from its declared duration; of a longer one the declared part is used."""
 
 
+Array = Any
+"""np.ndarray on the host, jax.Array on devices and while tracing."""
+
+
 class PipelineError(RuntimeError):
     """A batch could not be made: a fault in the loader or the death of a worker, not one bad recording."""
 
@@ -33,17 +39,17 @@ class PipelineError(RuntimeError):
 class Batch:
     """What the device gets: a pytree of static shape per bucket. A filler row has index -1 and no samples or labels."""
 
-    audio_BS: np.ndarray | jax.Array
+    audio_BS: Array
     """int16, zero beyond each length."""
-    audio_lengths_B: np.ndarray | jax.Array
+    audio_lengths_B: Array
     """int32 samples."""
-    labels_BN: np.ndarray | jax.Array
+    labels_BN: Array
     """int32 label ids, zero beyond each length."""
-    label_lengths_B: np.ndarray | jax.Array
+    label_lengths_B: Array
     """int32."""
-    index_B: np.ndarray | jax.Array
+    index_B: Array
     """int32 position in the list of utterances: the row's identity for augmentation keys and reports; -1 for filler."""
-    epoch: np.ndarray | jax.Array
+    epoch: Array
     """int32 scalar."""
 
 
@@ -104,8 +110,13 @@ def load_batches(
         iterator.start_prefetch()
         yield batches
     finally:
-        batches.close()  # drops its reference, so that the shared memory of what was read ahead is freed here and now
+        batches.close()
         iterator.close()
+        # What was read ahead must give back its shared memory now, not at the exit of the interpreter, which fails and
+        # warns of leaks. grain's own references to it end in cycles, by way of the traceback of its StopIteration.
+        del batches, iterator
+        if workers:
+            gc.collect()
 
 
 def _receive(steps: Iterator[tuple[int, Batch, tuple[str, ...]]]) -> Generator[LoadedBatch, None, None]:

@@ -17,6 +17,7 @@ from jaxds2.decoding.lm import LMError, load_model, load_unigrams
 from jaxds2.text import Vocabulary
 
 if TYPE_CHECKING:
+    import kenlm
     from pyctcdecode.language_model import LanguageModel
 
 INSTALL = "pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"
@@ -77,6 +78,8 @@ class BeamDecoder:
             "beam_width": beam_width,
             "beam_prune_logp": float(beam_prune_logp),
             "token_min_logp": float(token_min_logp),
+            # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more.
+            "prune_history": True,
         }
         self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"}
         self.settings |= self._pruning
@@ -101,7 +104,8 @@ class BeamDecoder:
             raise DecoderError("log-probabilities hold NaN: the model's weights or its input are damaged")
         if len(log_probs_UV) == 0:
             return ""
-        return self._decoder.decode(np.asarray(log_probs_UV, np.float32), **self._pruning)
+        logits: Any = np.asarray(log_probs_UV, np.float32)
+        return self._decoder.decode_beams(logits, **self._pruning)[0][0]
 
 
 def _language_model(
@@ -125,22 +129,6 @@ def _language_model(
         raise LMError(
             f"{path}: knows {len(known)} of the {len(spelled)} words listed for it: the list is another model's"
         )
-    import kenlm
-    from pyctcdecode.language_model import LanguageModel
-
-    class WordModel(LanguageModel):
-        """Takes the nothing behind a last space for no word.
-
-        pyctcdecode 0.5.0 scores it as one more, unknown word. Since it merges `a b` with `a b `, and keeps the score of
-        whichever stood higher, it drops right texts wherever beta outweighs the price of a word.
-        """
-
-        def score(self, prev_state, word, is_last_word=False):
-            if word:
-                return super().score(prev_state, word, is_last_word)
-            end = model.BaseScore(prev_state, "</s>", kenlm.State()) if is_last_word else 0.0
-            return self.alpha * end * math.log(10), prev_state
-
     described = {
         "lm": str(path),
         "lm_sha256": _sha256(path),
@@ -150,7 +138,26 @@ def _language_model(
         "beta": beta,
         "unknown_offset": UNKNOWN_OFFSET,
     }
-    return WordModel(model, known, alpha=alpha, beta=beta, unk_score_offset=UNKNOWN_OFFSET), described
+    return _word_model(model, known, alpha, beta), described
+
+
+def _word_model(model: "kenlm.Model", words: list[str], alpha: float, beta: float) -> "LanguageModel":
+    """pyctcdecode's language model, but that it takes the nothing behind a last space for no word.
+
+    pyctcdecode 0.5.0 scores it as one more, unknown word. Since it merges `a b` with `a b `, and keeps the language
+    score of whichever stood higher, right texts are lost wherever beta outweighs the price of a last word.
+    """
+    import kenlm
+    from pyctcdecode.language_model import LanguageModel
+
+    class WordModel(LanguageModel):
+        def score(self, prev_state, word, is_last_word=False):
+            if word:
+                return super().score(prev_state, word, is_last_word)
+            end = model.BaseScore(prev_state, "</s>", kenlm.State()) if is_last_word else 0.0
+            return self.alpha * end * math.log(10), prev_state
+
+    return WordModel(model, words, alpha=alpha, beta=beta, unk_score_offset=UNKNOWN_OFFSET)
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ class EvaluationError(ValueError):
     """A manifest that could not be scored whole; nothing is scored on part of it."""
 
 
-class Interrupted(Exception):  # noqa: N818: a request, not a failure
+class Interrupted(Exception):  # noqa: N818
     """Evaluation was asked to stop."""
 
 
@@ -86,7 +86,7 @@ def evaluate(
             for row, index in enumerate(index_B.tolist()):
                 if index < 0:
                     continue
-                log_probs_UV = output.log_probs_BUV[row, : output.logit_lengths_B[row]]
+                log_probs_UV = np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
                 hyps[index] = decode(log_probs_UV)
                 if output.loss_B[row] > 0:
                     nats += float(output.loss_B[row])
@@ -99,7 +99,7 @@ def evaluate(
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
     if sorted(hyps) != list(range(len(utterances))):
-        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: the batching plan is at fault")
+        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: a fault of the plan")
     refs = [recognizer.vocabulary.normalize(u.text) for u in utterances]
     texts = [hyps[i] for i in range(len(utterances))]
     return Scores(

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jiwer import WordOutput
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,12 @@ def _count(refs: Sequence[str], hyps: Sequence[str], split: Callable[[str], list
     )
 
 
-def _process(refs: Sequence[str], hyps: Sequence[str], split: Callable[[str], list[str]]):
+def _process(refs: Sequence[str], hyps: Sequence[str], split: Callable[[str], list[str]]) -> "WordOutput":
     import jiwer
 
     if len(refs) != len(hyps):
         raise ValueError(f"{len(refs)} references and {len(hyps)} hypotheses: expected as many of each")
 
     # In place of jiwer's transforms, which strip spaces before they split.
-    def transform(texts):
-        return [split(text) for text in texts]
-
+    transform: Any = lambda texts: [split(text) for text in texts]  # noqa: E731
     return jiwer.process_words(list(refs), list(hyps), transform, transform)

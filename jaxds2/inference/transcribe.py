@@ -46,7 +46,7 @@ def transcribe(recognizer: Recognizer, paths: Sequence[Path], decode: Callable[[
     for index_B, output, failures in recognizer.run(utterances, recognizer.plan(utterances), with_labels=False):
         for row, index in enumerate(index_B.tolist()):
             if index >= 0:
-                text = decode(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
+                text = decode(np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]]))
                 transcripts[positions[index]] = Transcript(paths[positions[index]], text=text)
         for line in failures:
             identifier, _, message = line.partition(": ")

@@ -1,8 +1,8 @@
 """Deep Speech 2 (Amodei et al. 2015, arXiv 1512.02595) with minGRU layers in place of its recurrent ones.
 
-Convolutions over time and frequency, a linear layer, N pre-norm residual minGRU layers (bidirectional, or unidirectional
-with the paper's lookahead convolution), a CTC head. Every layer knows the lengths: what stands in the padding, NaN
-included, never reaches a valid frame, so an utterance gets the same log-probabilities in any batch.
+Convolutions over time and frequency, a linear layer, N pre-norm residual minGRU layers (bidirectional, or
+unidirectional with the paper's lookahead convolution), a CTC head. Every layer knows the lengths: what stands in the
+padding, NaN included, never reaches a valid frame, so an utterance gets the same log-probabilities in any batch.
 """
 
 from typing import Protocol, TypeVar
@@ -105,7 +105,7 @@ class FrontEnd(nnx.Module):
 class DepthwiseConv(nnx.Module):
     """A filter over time per channel, y_t = sum_k w_k x_{t + k - left}: `left` frames of past, `right` of future.
 
-    With left = 0 it is the lookahead ("row") convolution of Deep Speech 2, section 3.6. It starts out near the identity.
+    With left = 0 it is the lookahead ("row") convolution of Deep Speech 2, section 3.6. It starts near the identity.
     """
 
     def __init__(self, width: int, *, left: int, right: int, rngs: nnx.Rngs):
@@ -232,7 +232,9 @@ class Apply(Protocol):
         lengths_B: jax.Array,
         *,
         dropout_keys_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, jax.Array]:
+        """logits_BUV and logit_lengths_B of features_BTF."""
+        ...
 
 
 def create(

@@ -53,8 +53,8 @@ class MinGRU(nnx.Module):
           reverse: run from the last frame to the first.
 
         Returns:
-          h_UBH in x's compute dtype, constant beyond an utterance's length (the state is frozen there), and the last state
-          in scan order h_BH, float32: forwards that is the state after the last valid frame.
+          h_UBH in the compute dtype, constant beyond an utterance's length (the state is frozen there), and the last
+          state in scan order h_BH, float32: forwards that is the state after the last valid frame.
         """
         valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
         gate_UBH, candidate_UBH = self.gate(x_UBD), self.candidate(x_UBD)

@@ -1,8 +1,8 @@
 """The recurrence of minGRU, in forms that run in parallel, step by step, or in one fused pass; the maths only.
 
-Arrays are time-major, (T, B, D): each step of a sequential form then reads and writes one contiguous slab, which is five
-times as fast on a CPU as a batch-major scan (docs/adr/0001-time-major.md). All forms work in float32 inside whatever the
-dtype of their inputs, and all give the same values and gradients (tests/test_scan.py).
+Arrays are time-major, (T, B, D): each step of a sequential form then reads and writes one contiguous slab, which is
+several times as fast on a CPU as a batch-major scan (docs/adr/0001-time-major.md). All forms work in float32 inside
+whatever the dtype of their inputs, and all give the same values and gradients (tests/test_scan.py).
 
 - `associative`: `jax.lax.associative_scan`, O(log T) deep: the form of the minGRU paper's parallel training, and the
   default on accelerators.
@@ -145,8 +145,8 @@ def _scan_mingru(
     return h_TBD, h_last_BD
 
 
-# The fused forms. With lambda_t = dL/dh_t summed over all paths, the reverse pass is the recurrence itself run the other
-# way, lambda_t = dh_t + a_{t+1} lambda_{t+1}; everything else is elementwise in (inputs, h_{t-1}, lambda_t).
+# The fused forms. With lambda_t = dL/dh_t summed over all paths, the reverse pass is the recurrence itself run the
+# other way, lambda_t = dh_t + a_{t+1} lambda_{t+1}; the rest is elementwise in (inputs, h_{t-1}, lambda_t).
 
 
 def _state_before(h_TBD: jax.Array, h0_BD: jax.Array, t: jax.Array, reverse: bool) -> jax.Array:

@@ -7,6 +7,7 @@ XLA's own count; memory is an estimate and says so.
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,13 @@ class DryRun:
         lines += [
             f"output frames     {1000 / self.frame_ms:.4g} per second, {self.frame_ms:g} ms each "
             f"(subsampling {self.subsampling_factor})",
-            f"utterances        {self.utterances:,}, {self.hours:,.2f} h, from {self.source}",
+            textwrap.fill(
+                f"utterances        {self.utterances:,}, {self.hours:,.2f} h, from {self.source}",
+                width=110,
+                subsequent_indent=" " * 18,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ),
         ]
         lines += [f"  left out        {count:,} {reason}" for reason, count in self.left_out.items()]
         lines += ["", f"batch shapes      {'rows':>6}{'seconds':>10}{'labels':>8}"]

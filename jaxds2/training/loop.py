@@ -280,7 +280,7 @@ def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Para
 class StepReport:
     """Turns the metrics of steps into lines, curves and names; it never waits for the step that is running."""
 
-    def __init__(self, config: Config, plan: BatchPlan, ids: Sequence[str], monitor: Monitor, total_steps: int):
+    def __init__(self, config: Config, plan: BatchPlan, ids: list[str], monitor: Monitor, total_steps: int):
         self.config = config
         self.plan = plan
         self.ids = ids
@@ -331,7 +331,7 @@ class StepReport:
     def _log(self, step: int, metrics: StepMetrics) -> None:
         now = time.perf_counter()
         seconds = self.samples / self.config.features.sample_rate
-        learning_rate = float(self.schedule(step - 1 - int(metrics.skipped)))
+        learning_rate = float(np.asarray(self.schedule(step - 1 - int(metrics.skipped))))
         self.monitor.scalars(
             step,
             {

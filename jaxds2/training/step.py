@@ -81,8 +81,8 @@ def make_train_step(
     """The training step, to be jitted with its state donated.
 
     The loss is the sum of the utterances' negative log-likelihoods over the number of their labels, so that neither the
-    number of devices nor filler rows nor the bucket's length changes an utterance's weight. A step whose loss or gradient
-    is not finite leaves everything as it was, except the counts.
+    number of devices nor filler rows nor the bucket's length changes an utterance's weight. A step whose loss or
+    gradient is not finite leaves everything as it was, except the counts.
     """
 
     def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
