@@ -24,5 +24,5 @@ def get_config() -> Config:
             conv_channels=(16, 16), conv_strides=((3, 2), (1, 2)), width=160, hidden=80, layers=3, dropout=0.1
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
-        training=TrainingConfig(epochs=8, eval_every=400, ema_decay=0.99),
+        training=TrainingConfig(epochs=16, eval_every=800, ema_decay=0.99),
     )

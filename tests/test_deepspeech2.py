@@ -119,19 +119,30 @@ def test_depthwise_convolution_by_definition(left, right):
 def test_dropout_is_one_mask_over_time_keyed_by_the_utterance_alone():
     keys_B = jax.random.split(jax.random.key(0), 3)
     x_UBD = jnp.ones((6, 3, 400))
-    y_UBD = Dropout(0.25, keys_B)(x_UBD)
+    y_UBD = Dropout(0.25, keys_B, places=2, width=400)(x_UBD)
     np.testing.assert_array_equal(y_UBD, jnp.broadcast_to(y_UBD[:1], y_UBD.shape))
-    np.testing.assert_array_equal(Dropout(0.25, keys_B[1:2])(x_UBD[:, :1])[:, 0], y_UBD[:, 1])
+    alone_UBD = Dropout(0.25, keys_B[1:2], places=2, width=400)(x_UBD[:, :1])
+    np.testing.assert_array_equal(alone_UBD[:, 0], y_UBD[:, 1])
     assert not np.array_equal(y_UBD[0, 0], y_UBD[0, 1])
     np.testing.assert_allclose(np.unique(y_UBD), [0, 1 / 0.75], rtol=1e-6)
     assert float(jnp.mean(y_UBD == 0)) == pytest.approx(0.25, abs=0.05)
 
 
 def test_every_place_of_dropout_has_its_own_mask_and_none_when_evaluating():
-    dropout = Dropout(0.5, jax.random.split(jax.random.key(0), 2))
+    dropout = Dropout(0.5, jax.random.split(jax.random.key(0), 2), places=2, width=50)
     x_UBD = jnp.ones((1, 2, 50))
     assert not np.array_equal(dropout(x_UBD), dropout(x_UBD))
-    np.testing.assert_array_equal(Dropout(0.5, None)(x_UBD), x_UBD)
+    np.testing.assert_array_equal(Dropout(0.5, None, places=2, width=50)(x_UBD), x_UBD)
+
+
+@pytest.mark.parametrize("feed_forward", [0, 8])
+def test_every_branch_is_dropped_once(feed_forward):
+    model = dataclasses.replace(SMALL, feed_forward=feed_forward, dropout=0.999)
+    apply, params = create(F, V, model, dtype=jnp.float32)
+    keys_B = jax.random.split(jax.random.key(0), 3)
+    logits_BUV, _ = jax.jit(apply)(params, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)
+    # With next to everything dropped the residual stream is zero and only the head's bias is left.
+    np.testing.assert_allclose(logits_BUV, jnp.broadcast_to(params["head.bias"], logits_BUV.shape), atol=1e-5)
 
 
 def test_split_and_merged_equals_the_module():

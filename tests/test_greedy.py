@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxds2.decoding.greedy import collapse, greedy_decode, greedy_ids
@@ -25,12 +25,14 @@ def test_repeats_merge_before_blanks_drop(path, labels):
     assert collapse(path) == labels
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_collapse_keeps_the_first_frame_of_each_run_that_is_not_blank(path):
     before = [0, *path]
     assert collapse(path) == [i for previous, i in zip(before, path, strict=False) if i not in (0, previous)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 3), max_size=6), st.data())
 def test_collapse_inverts_every_path_of_a_label(labels, data):
     path = []

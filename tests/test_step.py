@@ -1,6 +1,7 @@
 """The training step: forms agree, devices agree, precision is where it should be, nothing bad is learnt."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,19 @@ def batch(rows: int = 4, seed: int = 0, epoch: int = 0, samples: int = 12_000) -
     return Batch(audio_BS, lengths_B, labels_BN, label_lengths_B, index_B, np.int32(epoch))
 
 
+@functools.cache
 def setup(
-    model: ModelConfig = MODEL, *, dtype=jnp.float32, ema_decay=0.9, optimizer=OPTIMIZER, total_steps=20, **kwargs
+    model: ModelConfig = MODEL, *, dtype=jnp.float32, ema_decay=0.9, optimizer=OPTIMIZER, total_steps=20, devices=1
 ):
     apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
     tx = make_optimizer(optimizer, total_steps)
     state = TrainState.create(params, tx, ema_decay=ema_decay)
-    step = make_train_step(apply, tx, FEATURES, kwargs.get("augment", AUGMENT), seed=0, ema_decay=ema_decay)
-    return state, step
+    mesh = data_mesh(devices, rows_multiple=4)
+    return state, jax.jit(make_train_step(apply, tx, FEATURES, AUGMENT, mesh=mesh, seed=0, ema_decay=ema_decay))
 
 
 def run(state, step, steps=5, dtype_promotion="strict", **kwargs):
-    step, losses = jax.jit(step), []
+    losses = []
     with jax.numpy_dtype_promotion(dtype_promotion):
         for s in range(steps):
             state, metrics = step(state, batch(seed=s, **kwargs))
@@ -66,7 +68,6 @@ def test_five_steps_under_each_form_of_the_scan_are_equal(scan, sequential):
 
 def test_training_lowers_the_loss(sequential):
     state, step = setup()
-    step = jax.jit(step)
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch())
@@ -83,7 +84,7 @@ def test_bfloat16_follows_float32_within_5_percent_of_loss(sequential):
 def test_bfloat16_reaches_the_matmuls_and_not_the_scan_the_loss_or_the_state():
     state, step = setup(dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        text = jax.jit(step).lower(state, batch()).as_text()
+        text = step.lower(state, batch()).as_text()
         new_state = jax.eval_shape(step, state, batch())[0]
     forward = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "tensor<16x8xbf16>" in line]
     assert forward
@@ -100,8 +101,8 @@ def test_two_devices_and_one_draw_the_same_and_lose_the_same():
     losses = {}
     for devices in (1, 2):
         mesh = data_mesh(devices, rows_multiple=4)
-        state, step = setup()
-        state, step = replicate(state, mesh), jax.jit(step)
+        state, step = setup(devices=devices)
+        state = replicate(state, mesh)
         values = []
         for s in range(10):
             state, metrics = step(state, place(batch(seed=s), mesh))
@@ -111,13 +112,15 @@ def test_two_devices_and_one_draw_the_same_and_lose_the_same():
 
 
 def test_the_compiled_step_reduces_gradients_over_devices():
-    mesh = data_mesh(2, rows_multiple=4)
-    state, step = setup()
-    compiled = jax.jit(step).lower(replicate(state, mesh), place(batch(), mesh)).compile()
-    assert "all-reduce" in str(compiled.as_text())
-    alone = data_mesh(1, rows_multiple=4)
-    compiled = jax.jit(step).lower(replicate(state, alone), place(batch(), alone)).compile()
-    assert "all-reduce" not in str(compiled.as_text())
+    programs = {}
+    for devices in (1, 2):
+        mesh = data_mesh(devices, rows_multiple=4)
+        state, step = setup(devices=devices)
+        compiled = step.lower(replicate(state, mesh), place(batch(), mesh)).compile()
+        programs[devices] = str(compiled.as_text())
+    assert "all-reduce" in programs[2]
+    assert "all-gather" not in programs[2]  # each device works on its own rows, the FFT included
+    assert "all-reduce" not in programs[1]
 
 
 def test_a_filler_row_changes_nothing():
@@ -131,8 +134,8 @@ def test_a_filler_row_changes_nothing():
         index_B=np.concatenate([full.index_B, np.full(2, -1, np.int32)]),
         epoch=full.epoch,
     )
-    state_full, metrics_full = jax.jit(step)(state, full)
-    state_padded, metrics_padded = jax.jit(step)(state, padded)
+    state_full, metrics_full = step(state, full)
+    state_padded, metrics_padded = step(state, padded)
     np.testing.assert_allclose(metrics_padded.loss, metrics_full.loss, rtol=1e-5)
     assert int(metrics_padded.utterances) == 4
     assert not metrics_padded.infeasible_B.any()
@@ -148,7 +151,7 @@ def test_a_label_that_cannot_fit_is_named_and_left_out():
     bad = dataclasses.replace(good, audio_lengths_B=good.audio_lengths_B.copy(), labels_BN=good.labels_BN.copy())
     bad.audio_lengths_B[2] = 900  # 3 frames in, 1 out
     bad.label_lengths_B[2] = 4
-    state, metrics = jax.jit(step)(state, bad)
+    state, metrics = step(state, bad)
     np.testing.assert_array_equal(metrics.infeasible_B, [False, False, True, False])
     assert int(metrics.utterances) == 3
     assert bool(metrics.finite)
@@ -158,21 +161,20 @@ def test_a_non_finite_step_is_skipped_and_counted():
     state, step = setup()
     poisoned = {name: jnp.full_like(p, jnp.nan) if name == "head.bias" else p for name, p in state.params.items()}
     state = dataclasses.replace(state, params=poisoned)
-    new, metrics = jax.jit(step)(state, batch())
+    new, metrics = step(state, batch())
     assert not bool(metrics.finite)
     assert int(new.step) == 1
     assert (int(new.skipped), int(new.skipped_in_row)) == (1, 1)
     for old, kept in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(new.opt_state), strict=True):
         np.testing.assert_array_equal(old, kept)
     good = dataclasses.replace(new, params=setup()[0].params)
-    after, metrics = jax.jit(step)(good, batch())
+    after, metrics = step(good, batch())
     assert bool(metrics.finite)
     assert (int(after.skipped), int(after.skipped_in_row)) == (1, 0)
 
 
 def test_augmentation_and_dropout_change_with_the_epoch_and_not_with_the_batch():
     state, step = setup(total_steps=1)
-    step = jax.jit(step)
     losses = [float(step(state, batch(epoch=epoch))[1].loss) for epoch in (0, 1, 0)]
     assert losses[0] == losses[2]
     assert losses[0] != losses[1]
@@ -180,7 +182,7 @@ def test_augmentation_and_dropout_change_with_the_epoch_and_not_with_the_batch()
 
 def test_the_average_follows_the_weights():
     state, step = setup(ema_decay=0.5)
-    new, _ = jax.jit(step)(state, batch())
+    new, _ = step(state, batch())
     for name, value in new.params.items():
         # After the first step the decay is 1/10.
         np.testing.assert_allclose(new.ema[name], 0.1 * state.params[name] + 0.9 * value, rtol=1e-5, atol=1e-7)
@@ -191,7 +193,7 @@ def test_the_average_follows_the_weights():
 def test_each_optimizer_takes_a_step_of_about_the_learning_rate(name):
     optimizer = OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
     state, step = setup(optimizer=optimizer, total_steps=100)
-    new, _ = jax.jit(step)(state, batch())
+    new, _ = step(state, batch())
     kernel = "layers.0.output.kernel"
     rms = float(jnp.sqrt(jnp.mean((new.params[kernel] - state.params[kernel]) ** 2)))
     assert 1e-3 < rms < 2e-2
@@ -205,7 +207,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 
 def test_evaluation_is_the_same_in_any_batch():
     apply, params = create(FEATURES.n_mels, V, MODEL, dtype=jnp.float32)
-    step = jax.jit(make_eval_step(apply, FEATURES))
+    step = jax.jit(make_eval_step(apply, FEATURES, mesh=data_mesh(1, rows_multiple=1)))
     together = step(params, batch())
     for row in range(4):
         alone = step(params, jax.tree.map(lambda x, row=row: x[row : row + 1] if np.ndim(x) else x, batch()))

@@ -67,7 +67,7 @@ class Recognizer:
         vocabulary = Vocabulary(config.data.characters)
         mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
-        eval_step = jax.jit(make_eval_step(apply, config.features))
+        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
 
     def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:

@@ -5,6 +5,7 @@ unidirectional with the paper's lookahead convolution), a CTC head. Every layer 
 padding, NaN included, never reaches a valid frame, so an utterance gets the same log-probabilities in any batch.
 """
 
+from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 import jax
@@ -42,23 +43,29 @@ def _mask(x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
 class Dropout:
     """Dropout with one mask for all frames of an utterance, drawn from that utterance's own key.
 
-    The mask does not depend on the batch around the utterance, nor on the number of devices. `keys_B` None: no dropout.
+    The mask does not depend on the batch around the utterance, nor on the number of devices.
     """
 
-    def __init__(self, rate: float, keys_B: jax.Array | None):
-        self.rate = rate
-        self.keys_B = keys_B
-        self.uses = 0
+    def __init__(self, rate: float, keys_B: jax.Array | None, *, places: int, width: int):
+        """Draw the masks.
+
+        Args:
+          rate: share of the channels that are dropped.
+          keys_B: one random key per utterance; None: no dropout.
+          places: how often it will be applied; every place has masks of its own.
+          width: channels D.
+        """
+        self.scales: Iterator[jax.Array] | None = None
+        if keys_B is not None and rate > 0:
+            # All places at once: XLA takes a second to compile each call of threefry on a CPU.
+            keep_BPD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (places, width)))(keys_B)
+            self.scales = iter(jnp.swapaxes(jnp.where(keep_BPD, 1 / (1 - rate), 0.0), 0, 1))
 
     def __call__(self, x_UBD: jax.Array) -> jax.Array:
         """Drop whole channels of x and scale the rest by 1 / (1 - rate)."""
-        if self.keys_B is None or self.rate == 0:
+        if self.scales is None:
             return x_UBD
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(self.keys_B, self.uses)
-        self.uses += 1  # counts while tracing: every place in the model has its own stream
-        keep_BD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_UBD.shape[2:]))(keys_B)
-        scale_BD = jnp.where(keep_BD, 1 / (1 - self.rate), 0.0).astype(x_UBD.dtype)
-        return x_UBD * scale_BD[None]
+        return x_UBD * next(self.scales).astype(x_UBD.dtype)[None]
 
 
 class FrontEnd(nnx.Module):
@@ -196,6 +203,7 @@ class DeepSpeech2(nnx.Module):
         self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.head = nnx.Linear(model.width, num_classes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.dropout_rate = model.dropout
+        self.width = model.width
         self.dtype = dtype
 
     def __call__(
@@ -211,7 +219,8 @@ class DeepSpeech2(nnx.Module):
         Returns:
           logits_BUV in float32, finite in the padding too but meaningless there, and logit_lengths_B, int32.
         """
-        dropout = Dropout(self.dropout_rate, dropout_keys_B)
+        places = 1 + sum(1 if layer.feed_forward is None else 2 for layer in self.layers)
+        dropout = Dropout(self.dropout_rate, dropout_keys_B, places=places, width=self.width)
         x_UBD, lengths_B = self.front_end(features_BTF.astype(self.dtype), lengths_B)
         x_UBD = dropout(x_UBD)
         for layer in self.layers:

@@ -87,7 +87,7 @@ class Checkpoints:
           CheckpointError: this save could not start, or the one before failed (disk full); older ones are intact.
         """
         self.wait()
-        # A copy: on the CPU a view would share the buffer, and jax would then not donate it to the next step.
+        # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
         arrays = {path: np.array(leaf) for path, leaf in _flatten(state).items()}
         leaves = {path: _describe(path, array) for path, array in arrays.items()}
         if self._saving is None:

@@ -138,12 +138,13 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
             optimizer,
             config.features,
             config.augment,
+            mesh=mesh,
             seed=config.training.seed,
             ema_decay=config.training.ema_decay,
         ),
         donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(apply, config.features))
+    eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
 
     claim_run(config, run_dir)
     with Checkpoints(run_dir / "checkpoints") as checkpoints, StopSignal() as stop:
@@ -210,6 +211,7 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
                         report.evaluation(step, scores, vocabulary)
                     every = config.training.checkpoint_every
                     if wer is not None or is_due(step, every, plan, total_steps, epochs=not dev):
+                        report.flush()  # the lines of a saved step are not written again on resume
                         save(state, step, wer)
                     if stop():
                         break
@@ -324,7 +326,7 @@ class StepReport:
                     f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
                 )
         done = step + 1
-        self.monitor.advance(done, loss=float(metrics.loss))
+        self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
             self._log(done, metrics)
 

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxds2.augment import add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig
@@ -67,6 +69,7 @@ class StepMetrics:
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+LogMel = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
@@ -75,6 +78,7 @@ def make_train_step(
     features: FeatureConfig,
     augment: AugmentConfig,
     *,
+    mesh: Mesh,
     seed: int,
     ema_decay: float,
 ) -> TrainStep:
@@ -85,8 +89,10 @@ def make_train_step(
     gradient is not finite leaves everything as it was, except the counts.
     """
 
+    log_mel_of_mesh = _sharded_log_mel(mesh, features)
+
     def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        features_BTF, feature_lengths_B = _features(batch, features, augment, keys_B)
+        features_BTF, feature_lengths_B = _features(batch, log_mel_of_mesh, augment, keys_B)
         dropout_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _DROPOUT)
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B, dropout_keys_B=dropout_keys_B)
         present_B = batch.index_B >= 0
@@ -148,11 +154,12 @@ class EvalOutput:
     """Nats of each utterance; 0 where the label does not fit or there is none."""
 
 
-def make_eval_step(apply: Apply, features: FeatureConfig) -> Callable[[Params, Batch], EvalOutput]:
+def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Callable[[Params, Batch], EvalOutput]:
     """The evaluation step, to be jitted: no augmentation, no dropout."""
+    log_mel_of_mesh = _sharded_log_mel(mesh, features)
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
-        features_BTF, feature_lengths_B = log_mel(batch.audio_BS, batch.audio_lengths_B, features)
+        features_BTF, feature_lengths_B = log_mel_of_mesh(batch.audio_BS, batch.audio_lengths_B)
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
         loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
         log_probs_BUV = jax.nn.log_softmax(logits_BUV, axis=-1)
@@ -161,14 +168,20 @@ def make_eval_step(apply: Apply, features: FeatureConfig) -> Callable[[Params, B
     return eval_step
 
 
+def _sharded_log_mel(mesh: Mesh, features: FeatureConfig) -> LogMel:
+    """log_mel of a batch that is split over the mesh: XLA by itself would gather it whole on each device for the FFT."""
+    rows = PartitionSpec("data")
+    return jax.shard_map(partial(log_mel, features=features), mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows))
+
+
 def _features(
-    batch: Batch, features: FeatureConfig, augment: AugmentConfig, keys_B: jax.Array
+    batch: Batch, log_mel_of_mesh: LogMel, augment: AugmentConfig, keys_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented log-mel features of a training batch."""
     audio_BS = batch.audio_BS
     if augment.noise_snr_db is not None:
         audio_BS = add_noise(audio_BS, batch.audio_lengths_B, keys_B, augment.noise_snr_db)
-    features_BTF, feature_lengths_B = log_mel(audio_BS, batch.audio_lengths_B, features)
+    features_BTF, feature_lengths_B = log_mel_of_mesh(audio_BS, batch.audio_lengths_B)
     return spec_augment(features_BTF, feature_lengths_B, keys_B, augment), feature_lengths_B
 
 
