@@ -18,8 +18,9 @@ def get_config() -> Config:
         data=DataConfig(
             train=("data/an4/train.jsonl", "data/an4/dev.jsonl"),
             test=("data/an4/test.jsonl",),
+            durations="configs/durations/an4.json",
             batch_seconds=15.0,
-            num_buckets=4,
+            num_buckets=6,
             rows_multiple=2,
             workers=2,
         ),

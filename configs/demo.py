@@ -15,6 +15,7 @@ def get_config() -> Config:
             train=("data/demo/train.jsonl",),
             dev="data/demo/dev.jsonl",
             test=("data/demo/test.jsonl",),
+            durations="configs/durations/demo.json",
             batch_seconds=15.0,
             num_buckets=3,
             rows_multiple=2,

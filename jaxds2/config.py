@@ -340,7 +340,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         key, separator, text = item.partition("=")
         if not separator:
             raise ConfigError(f"{item!r}: an override reads section.field=value, e.g. training.steps=1000")
-        _set(tree, key.strip(), text.strip())
+        _set(tree, key.strip(), text)
     return from_dict(tree)  # all at once, so that two overrides may depend on each other
 
 
@@ -374,14 +374,14 @@ def _parse(text: str, hint: Any) -> Any:
     """The Python value that a command-line text stands for; a string field takes the text as it is."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     lowered = {"true": True, "false": False, "none": None}
-    if lowered.get(text.lower(), text) is None and type(None) in members:
+    if lowered.get(text.strip().lower(), text) is None and type(None) in members:
         return None
     if str in members:
         return text.strip("'\"") if text[:1] == text[-1:] and text[:1] in ("'", '"') else text
     if text.lower() in lowered:
         return lowered[text.lower()]
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return text
 

@@ -10,8 +10,13 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import HealthCheck, settings
 
 from jaxds2.data.manifest import Utterance, write_manifest
+
+# A deadline would assert a time; and the same command is to find the same faults.
+settings.register_profile("jaxds2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jaxds2")
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -246,7 +246,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path):
         read_audio(tmp_path / "a.wav")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), position=st.integers(0, 10**6), byte=st.integers(0, 255), keep=st.floats(0, 1))
 def test_a_damaged_file_gives_samples_or_an_audio_error(
     tmp_path_factory: pytest.TempPathFactory, seed: int, position: int, byte: int, keep: float
@@ -266,7 +266,7 @@ def test_a_damaged_file_gives_samples_or_an_audio_error(
         assert len(waveform_S)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(num_samples=st.integers(0, 3000), speed=st.floats(0.5, 1.5))
 def test_changed_speed_has_exactly_the_length_that_the_plan_counts_on(num_samples: int, speed: float):
     changed_S = change_speed(np.full(num_samples, 1000, np.int16), speed)

@@ -48,7 +48,7 @@ def lm(tmp_path_factory):
     return build_ngram(text, tmp_path_factory.mktemp("lm") / "lm.arpa")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5))
 def test_wide_beam_finds_the_text_that_brute_force_finds(seed, num_frames):
     letters = Vocabulary("abc")
@@ -66,7 +66,7 @@ def test_a_text_of_many_alignments_beats_the_best_path():
     assert BeamDecoder(AB).decode(log_probs_UV) == "a"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_score_of_every_text_is_ctc_plus_alpha_lm_plus_beta_words(lm_ab, seed):
     rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def lm_ab(tmp_path_factory):
     return build_ngram(["a b a", "b a", "ab a", "b", "ab b a"], tmp_path_factory.mktemp("ab") / "ab.arpa", order=2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(alphabet="abc ", min_size=0, max_size=12))
 def test_peaky_frames_without_a_model_are_decoded_as_by_best_path(text):
     log_probs_UV = log_softmax(spell(text))

@@ -52,7 +52,7 @@ def test_gradient_equals_finite_differences_of_brute_force(label):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(label=st.lists(st.integers(1, 3), max_size=4), frames=st.integers(0, 6))
 def test_feasible_is_what_some_path_can_spell(label, frames):
     spelt = (

@@ -9,7 +9,7 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -81,7 +81,6 @@ def test_number_of_frames(num_samples: int, frames: int) -> None:
         assert counted[0] == frames
 
 
-@settings(deadline=None)
 @given(num_samples=st.integers(0, 3000), n_fft=st.integers(1, 600), hop_ms=st.integers(1, 40))
 def test_number_of_frames_is_the_number_of_whole_frames(num_samples: int, n_fft: int, hop_ms: int) -> None:
     features = FeatureConfig(sample_rate=8000, n_fft=n_fft, window_ms=n_fft / 8, hop_ms=hop_ms)

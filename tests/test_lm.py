@@ -91,6 +91,7 @@ def test_unknown_words_have_a_probability(tmp_path):
 def test_the_same_text_gives_the_same_file(tmp_path):
     a, b = (build_ngram(iter(some_text()), tmp_path / f"{name}.arpa") for name in "ab")
     assert a.read_bytes() == b.read_bytes()
+    assert vocabulary_path(a).read_text().splitlines() == sorted({word for s in some_text() for word in s.split()})
 
 
 def test_words_are_those_of_the_text_and_of_the_list_beside(tmp_path):

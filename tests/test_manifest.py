@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxds2.data.manifest import ManifestError, Utterance, manifest_digest, read_manifest, write_manifest
@@ -108,7 +108,7 @@ utterances = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.lists(utterances, min_size=1, unique_by=lambda u: u.id))
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, written: list[Utterance]):
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"

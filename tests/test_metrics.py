@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxds2.evaluation.metrics import EditCounts, align_words, count_character_edits, count_word_edits
@@ -19,7 +19,6 @@ def levenshtein(a, b):
     return row[-1]
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_errors_are_the_levenshtein_distances_summed(pairs):
     refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]
@@ -27,7 +26,6 @@ def test_errors_are_the_levenshtein_distances_summed(pairs):
     assert count_character_edits(refs, hyps).errors == sum(levenshtein(r, h) for r, h in pairs)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_reference_is_the_number_of_words_and_of_characters(pairs):
     refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]
@@ -35,7 +33,6 @@ def test_reference_is_the_number_of_words_and_of_characters(pairs):
     assert count_character_edits(refs, hyps).reference == sum(len(r) for r in refs)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_swapping_the_sides_swaps_insertions_and_deletions(pairs):
     refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]
@@ -45,14 +42,12 @@ def test_swapping_the_sides_swaps_insertions_and_deletions(pairs):
     assert there.insertions - there.deletions == surplus == back.deletions - back.insertions
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_counts_of_a_corpus_are_the_sum_of_its_utterances(pairs):
     total = sum((count_word_edits([r], [h]) for r, h in pairs), EditCounts())
     assert total == count_word_edits([r for r, _ in pairs], [h for _, h in pairs])
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_alignment_spells_both_sides_and_has_the_counted_edits(pairs):
     refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]

@@ -14,7 +14,7 @@ from jaxds2.data.plan import BatchPlan, Bucket, PlanError, bucket_edges, fewest_
 from jaxds2.text import TextError, Vocabulary
 
 RATE = 16_000
-law = settings(deadline=None, max_examples=50)
+law = settings(max_examples=50)
 
 
 @st.composite

@@ -97,7 +97,7 @@ def test_linear_recurrence_and_its_gradient(form, reverse):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(T=st.integers(1, 12), cut=st.integers(0, 12), reverse=st.booleans(), form=st.sampled_from(FORMS))
 def test_two_parts_joined_by_their_state_equal_the_whole(T, cut, reverse, form):
     cut = min(cut, T - 1)

@@ -1,7 +1,7 @@
 """The alphabet: texts become labels and come back."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxds2.config import DataConfig
@@ -11,13 +11,11 @@ ENGLISH = Vocabulary(DataConfig().characters)
 OTHERS = (Vocabulary("abcABC "), Vocabulary("abcéß.,0123 "), Vocabulary("あい。"))
 
 
-@settings(deadline=None)
 @given(st.text(ENGLISH.characters))
 def test_decode_inverts_encode(text: str):
     assert ENGLISH.decode(ENGLISH.encode(text)) == text
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_normalizing_twice_is_normalizing_once(text: str):
     for vocabulary in (ENGLISH, *OTHERS):
@@ -25,7 +23,6 @@ def test_normalizing_twice_is_normalizing_once(text: str):
         assert vocabulary.normalize(once) == once
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_a_normalized_text_either_encodes_or_names_what_is_outside(text: str):
     text = ENGLISH.normalize(text)

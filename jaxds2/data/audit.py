@@ -17,12 +17,9 @@ import numpy as np
 from jaxds2.audio import AudioError, EmptyAudioError, NonFiniteAudioError, read_audio
 from jaxds2.config import FeatureConfig
 from jaxds2.ctc import min_frames
-from jaxds2.data.manifest import ManifestError, Utterance, read_manifest
+from jaxds2.data.manifest import DURATION_TOLERANCE, ManifestError, Utterance, read_manifest
 from jaxds2.text import Vocabulary
 
-DURATION_TOLERANCE = 0.1
-"""Seconds between the declared and the decoded duration: other tools round to a digit, and an MP3's header may be an
-estimate; less than this is no lost word."""
 SILENT_RANGE = 2 * 33
 """Largest minus smallest sample below which a file is silent: 60 dB under full scale, measured so that a constant
 offset does not hide silence. The quietest file of AN4 peaks at 1,124."""

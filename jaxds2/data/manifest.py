@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DURATION_TOLERANCE = 0.1
+"""Seconds by which a file may differ from its declared duration: other tools round to a digit, and an MP3's header may
+be an estimate; less than this is no lost word. Of a longer file the declared part is used."""
+
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; its message names the file and the line."""

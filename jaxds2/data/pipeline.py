@@ -18,13 +18,9 @@ import jax
 import numpy as np
 
 from jaxds2.audio import AudioError, change_speed, read_audio
-from jaxds2.data.manifest import Utterance
+from jaxds2.data.manifest import DURATION_TOLERANCE, Utterance
 from jaxds2.data.plan import BatchPlan
 from jaxds2.text import Vocabulary
-
-DURATION_TOLERANCE = 0.1
-"""Seconds by which a file may differ from its declared duration; of a longer one the declared part is used."""
-
 
 Array = Any
 """np.ndarray on the host, jax.Array on devices and while tracing."""

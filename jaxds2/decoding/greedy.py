@@ -3,21 +3,9 @@
 from collections.abc import Iterable
 from itertools import groupby
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxds2.text import BLANK_ID, Vocabulary
-
-
-def greedy_ids(logits_BUV: jax.Array, logit_lengths_B: jax.Array) -> jax.Array:
-    """ids_BU (int32): the most likely class of each frame, blank beyond the lengths. It may run under jit.
-
-    Log-probabilities do as well as logits.
-    """
-    ids_BU = jnp.argmax(logits_BUV, axis=-1).astype(jnp.int32)
-    frames_1U = jnp.arange(ids_BU.shape[1])[None, :]
-    return jnp.where(frames_1U < logit_lengths_B[:, None], ids_BU, BLANK_ID)
 
 
 def collapse(ids_U: Iterable[int]) -> list[int]:

@@ -58,6 +58,8 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     are discounted too, and what that frees goes to `<unk>`: so the model sums to 1 after every history and an unknown
     word has a probability. Where counts leave no usable D, it is 0.5.
 
+    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there.
+
     Args:
       sentences: normalised text; words are what white space separates, blank sentences are left out.
       out: the ARPA file to write; its words go to the same name with `.vocab.txt`, one a line, sorted.

@@ -169,7 +169,7 @@ def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Call
 
 
 def _sharded_log_mel(mesh: Mesh, features: FeatureConfig) -> LogMel:
-    """log_mel of a batch that is split over the mesh: XLA by itself would gather it whole on each device for the FFT."""
+    """log_mel of a batch split over the mesh: XLA by itself would gather it whole on each device for the FFT."""
     rows = PartitionSpec("data")
     return jax.shard_map(partial(log_mel, features=features), mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows))
 

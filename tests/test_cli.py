@@ -1,0 +1,166 @@
+"""What users type: exit codes, one clear line for bad input and never a traceback, and the whole way once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxds2 import cli
+from jaxds2.data.manifest import read_manifest
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = """
+from jaxds2.config import AugmentConfig, Config, DataConfig, FeatureConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+def get_config():
+    return Config(
+        name="tones",
+        data=DataConfig(train=("{tones}/train.jsonl",), dev="{tones}/dev.jsonl", characters="abc ", batch_seconds=8.0,
+                        num_buckets=1, rows_multiple=2),
+        features=FeatureConfig(n_mels=20),
+        augment=AugmentConfig(freq_masks=0, time_masks=0),
+        model=ModelConfig(conv_channels=(8,), conv_kernels=((3, 3),), conv_strides=((2, 2),), width=32, hidden=16,
+                          layers=1),
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=5),
+        training=TrainingConfig(steps=150, ema_decay=0.5),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tones, tmp_path_factory) -> Path:
+    """A trained run, by the command line."""
+    folder = tmp_path_factory.mktemp("cli runs")  # with a space
+    (folder / "tones.py").write_text(CONFIG.format(tones=tones))
+    assert cli.train(["--config", str(folder / "tones.py"), "--run", str(folder / "tones")]) == 0
+    return folder / "tones"
+
+
+def fails(capfd, arguments, code: int, *says: str, entry=cli.main) -> None:
+    """The command ends with this code and one line that says these things."""
+    try:
+        got = entry([str(a) for a in arguments])
+    except SystemExit as e:  # argparse
+        got = e.code
+    err = capfd.readouterr().err
+    assert got == code, err
+    assert "Traceback" not in err
+    lines = [line for line in re.split(r"[\r\n]", err) if "error: " in line]
+    assert len(lines) == 1, err
+    for what in says:
+        assert what in lines[0]
+
+
+def test_from_training_to_a_word_error_rate(run, tones, capfd):
+    assert cli.evaluate(["--run", str(run), "--manifest", str(tones / "dev.jsonl")]) == 0
+    out = capfd.readouterr().out
+    assert "%WER 0.00 [0 / 9, 0 ins, 0 del, 0 sub]" in out
+    assert "%CER" in out
+    report = json.loads((run / f"eval/{tones.name}-dev-greedy/report.json").read_text())
+    assert report["wer"] == 0
+    assert report["utterances"] == 6
+    assert report["decoder"] == {"name": "greedy"}
+    assert report["checkpoint_step"] > 0
+    assert report["rtfx"] > 0
+
+
+def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd):
+    lm = tmp_path / "lm.arpa"
+    assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
+    beam = ["--decoder", "beam", "--lm", str(lm), "--beam-width", "20", "--alpha", "0.1"]
+    assert cli.evaluate(["--run", str(run), "--manifest", str(tones / "dev.jsonl"), "--name", "x", *beam]) == 0
+    settings = json.loads((run / "eval/x/report.json").read_text())["decoder"]
+    assert settings["beam_width"] == 20
+    assert settings["alpha"] == 0.1
+    capfd.readouterr()
+    assert cli.main(["transcribe", "--run", str(run), str(tones / "dev-00.wav")]) == 0
+    assert capfd.readouterr().out.strip() == read_manifest(tones / "dev.jsonl")[0].text
+    assert cli.main(["transcribe", "--run", str(run), str(tones / "dev-00.wav"), "gone.wav"]) == 1
+    both = capfd.readouterr()
+    assert "dev-00.wav: " in both.out
+    assert "gone.wav" in both.err
+
+
+def test_digest_and_check(run, tones, capfd, tmp_path):
+    assert cli.main(["digest", "--run", str(run)]) == 0
+    assert re.fullmatch(r"[0-9a-f]{64} 150\n", capfd.readouterr().out)
+    found = tmp_path / "found.json"
+    manifests = [str(tones / "train.jsonl"), str(tones / "dev.jsonl")]
+    assert cli.main(["check", *manifests, "--json", str(found)]) == 0
+    assert json.loads(found.read_text())
+
+
+def test_wrong_use_is_two(run, tones, tmp_path, capfd):
+    config = run.parent / "tones.py"
+    fails(capfd, ["--config", config, "training.stps=3"], 2, "training.stps", "steps", entry=cli.train)
+    fails(capfd, ["--config", config, "model.scan=fast"], 2, "associative", entry=cli.train)
+    fails(capfd, ["--config", tmp_path / "gone.py"], 2, "gone.py", entry=cli.train)
+    fails(capfd, ["--config", config, "--run", run, "training.seed=7"], 2, "training.seed: 0 -> 7", entry=cli.train)
+    fails(capfd, ["--run", tmp_path, "--manifest", tones / "dev.jsonl"], 2, "is", "a run", entry=cli.evaluate)
+    arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
+    fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
+    fails(capfd, ["prepare", "an4"], 2, "--source")
+    fails(capfd, ["prepare", "nothing"], 2, "an4")
+    fails(capfd, ["prepare", "an4", "--splits", "train-clean-100", "--source", tmp_path], 2, "librispeech")
+
+
+def test_failure_is_one(run, tones, tmp_path, capfd):
+    arguments = ["--run", run, "--manifest"]
+    fails(capfd, [*arguments, tmp_path / "gone.jsonl"], 1, "gone.jsonl", entry=cli.evaluate)
+    fails(capfd, [*arguments, tones / "dev.jsonl", "--checkpoint", "3"], 1, "3", "150", entry=cli.evaluate)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"audio_filepath": "gone.wav", "duration": 1.0, "text": "a"}\n')
+    fails(capfd, [*arguments, bad], 1, "1 of 1", "gone.wav", entry=cli.evaluate)
+    bad.write_text('{"audio_filepath": "gone.wav", "duration": 1.0}\n')
+    fails(capfd, [*arguments, bad], 1, "bad.jsonl:1", "text", entry=cli.evaluate)
+    beam = [tones / "dev.jsonl", "--decoder", "beam", "--lm", tmp_path / "gone.arpa"]
+    fails(capfd, [*arguments, *beam], 1, "gone.arpa", entry=cli.evaluate)
+    fails(capfd, ["digest", "--run", tmp_path], 1, "no checkpoint")
+    fails(capfd, ["lm", "build", tmp_path / "gone.txt", "--out", tmp_path / "lm"], 1, "gone.txt")
+    fails(capfd, ["prepare", "an4", "--source", tmp_path, "--out", tmp_path / "out"], 1, str(tmp_path))
+
+
+def test_training_texts_outside_the_alphabet_are_refused_by_name(run, tones, tmp_path, capfd):
+    config = run.parent / "tones.py"
+    arguments = ["--config", config, "--run", tmp_path / "run", "data.characters=ab "]
+    fails(capfd, arguments, 1, "'c'", "train-", entry=cli.train)
+
+
+def test_a_dry_run_needs_no_data_and_trains_nothing(tmp_path, capfd):
+    config = ROOT / "configs/librispeech_960.py"
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        assert cli.train(["--config", str(config), "--dry-run", "--run", str(tmp_path / "run")]) == 0
+    finally:
+        os.chdir(before)
+    out = capfd.readouterr().out
+    assert "parameters" in out
+    assert "estimate" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_with_75(run, tmp_path, number):
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(run.parent / "tones.py"), "--run"]
+    command += [str(tmp_path / "run"), "training.steps=100000", "data.workers=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        metrics = tmp_path / "run/metrics.jsonl"
+        for _ in range(600):
+            if process.poll() is not None or (metrics.exists() and metrics.read_text()):
+                break
+            time.sleep(0.2)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert "the same command resumes" in out
+    assert "Traceback" not in out
+    assert cli.main(["digest", "--run", str(tmp_path / "run")]) == 0
