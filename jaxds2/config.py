@@ -378,8 +378,8 @@ def _parse(text: str, hint: Any) -> Any:
         return None
     if str in members:
         return text.strip("'\"") if text[:1] == text[-1:] and text[:1] in ("'", '"') else text
-    if text.lower() in lowered:
-        return lowered[text.lower()]
+    if text.strip().lower() in lowered:
+        return lowered[text.strip().lower()]
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):

@@ -154,7 +154,7 @@ def test_the_last_of_two_equal_overrides_wins():
         ("data.dev=none", None),
         ("data.dev='none'", "none"),
         ("data.dev=runs/a=b/dev.jsonl", "runs/a=b/dev.jsonl"),
-        ("data.characters=abc ' ", "abc '"),
+        ("data.characters=abc' ", "abc' "),
         ("model.conv_strides=((3,2),(1,2))", ((3, 2), (1, 2))),
         ("augment.noise_snr_db=(5,10)", (5.0, 10.0)),
         ("data.batch_seconds=30", 30.0),
