@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxds2.config import FeatureConfig
 
-LOG_OFFSET = 4e-7
+LOG_OFFSET = 1e-6
 """Added to the mel power before the logarithm, for waveforms in [-1, 1]; digital silence becomes log(1e-6) = -13.8.
 A quarter of the mel powers in AN4 and mini LibriSpeech, mostly pauses, lie below it. A smaller offset would let the
 rounding of a float32 FFT through: the largest difference from librosa is 7e-5 on AN4 and 1e-4 on mini LibriSpeech,
