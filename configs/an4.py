@@ -14,18 +14,17 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="an4",
         data=DataConfig(
             train=("data/an4/train.jsonl", "data/an4/dev.jsonl"),
             test=("data/an4/test.jsonl",),
             durations="configs/durations/an4.json",
             batch_seconds=15.0,
-            num_buckets=6,
-            rows_multiple=2,
+            num_buckets=5,
+            rows_multiple=1,
             workers=2,
         ),
-        augment=AugmentConfig(speed=0.12, mel_warp=0.08, freq_masks=2, freq_mask_bins=20, time_masks=2),
-        model=ModelConfig(conv_strides=((3, 2), (1, 2)), dropout=0.2),
+        augment=AugmentConfig(speed=0.06, mel_warp=0.06),
+        model=ModelConfig(conv_strides=((3, 2), (1, 2)), dropout=0.15),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=300),
-        training=TrainingConfig(epochs=70),
+        training=TrainingConfig(epochs=60),
     )

@@ -10,7 +10,6 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="demo",
         data=DataConfig(
             train=("data/demo/train.jsonl",),
             dev="data/demo/dev.jsonl",
@@ -20,10 +19,10 @@ def get_config() -> Config:
             num_buckets=3,
             rows_multiple=2,
         ),
-        augment=AugmentConfig(mel_warp=0.08, freq_mask_bins=15),
+        augment=AugmentConfig(mel_warp=0.05, freq_mask_bins=15),
         model=ModelConfig(
             conv_channels=(16, 16), conv_strides=((3, 2), (1, 2)), width=160, hidden=80, layers=3, dropout=0.1
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
-        training=TrainingConfig(epochs=16, eval_every=800, ema_decay=0.99),
+        training=TrainingConfig(epochs=20, eval_every=1000, ema_decay=0.99),
     )

@@ -14,7 +14,6 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="librispeech_100",
         data=DataConfig(
             train=("data/librispeech/train-clean-100.jsonl",),
             dev="data/librispeech/dev-clean.jsonl",

@@ -16,7 +16,6 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="librispeech_960",
         data=DataConfig(
             train=(
                 "data/librispeech/train-clean-100.jsonl",

@@ -21,7 +21,6 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="librispeech_960_paper",
         data=DataConfig(
             train=(
                 "data/librispeech/train-clean-100.jsonl",

@@ -25,7 +25,6 @@ from jaxds2.config import (
 
 def get_config() -> Config:
     return Config(
-        name="librispeech_960_streaming",
         data=DataConfig(
             train=(
                 "data/librispeech/train-clean-100.jsonl",

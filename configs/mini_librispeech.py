@@ -13,7 +13,6 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 
 def get_config() -> Config:
     return Config(
-        name="mini_librispeech",
         data=DataConfig(
             train=("data/mini_librispeech/train.jsonl",),
             dev="data/mini_librispeech/dev.jsonl",

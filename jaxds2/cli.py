@@ -51,7 +51,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse, call, and turn our own errors and the operating system's into one line."""
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     command: Callable[[argparse.Namespace], int] = arguments.call
     try:
         return command(arguments)
@@ -69,6 +69,16 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options and section.field=value overrides in any order; argparse alone wants the overrides in one piece."""
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(arguments, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:

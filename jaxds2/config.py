@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxds2.files import write_whole
+
 CONFIG_VERSION = 1
 
 
@@ -223,6 +225,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be above 0")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1, optimizer.b2: must be in [0, 1)")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: must be 0 or more")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be 0 or more")
         _require(
             self.clip_norm is None or self.clip_norm > 0,
@@ -270,9 +274,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. `name` is the run's folder under runs/ unless --run says otherwise."""
+    """One run. `name` is the config file's and the run's folder under runs/, unless --run says otherwise."""
 
-    name: str
+    name: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -310,7 +314,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "get_config" not in namespace:
         raise ConfigError(f"{path}: defines no get_config() that returns a jaxds2.config.Config")
     config = _call_get_config(path, namespace["get_config"])
-    return override(config, overrides)
+    return override(dataclasses.replace(config, name=path.stem), overrides)
 
 
 def _call_get_config(path: Path, get_config: Any) -> Config:
@@ -462,8 +466,8 @@ def _build(cls: type, tree: Any, section: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write config.json."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Write config.json, whole or not at all. Raises WriteError."""
+    write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read_config(path: Path) -> Config:

@@ -1,10 +1,11 @@
 """`make demo`: speak a corpus, train on it, and read unseen voices, in a few minutes on two cores."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
-from jaxds2.config import Config
+from jaxds2.config import Config, differences, read_config
 from jaxds2.data.manifest import read_manifest
 from jaxds2.data.spoken import prepare_demo
 from jaxds2.decoding.beam import BeamDecoder
@@ -29,40 +30,41 @@ def demo(config: Config, run_dir: Path) -> int:
       The exit code of training.
     """
     folder = Path(config.data.train[0]).parent
-    greedy, beam = (run_dir / "eval" / name / "report.json" for name in ("test-greedy", "test-beam-lm"))
-    if greedy.exists() and beam.exists():
+    reports = [run_dir / "eval" / f"{folder.name}-test-{kind}" for kind in ("greedy", "beam-lm")]
+    if all((r / "report.json").exists() for r in reports) and not differences(
+        read_config(run_dir / "config.json"), config
+    ):
         print(f"the demo is done already; delete {run_dir} to train again")
     else:
         prepare_demo(folder)
         status = train(config, run_dir)
         if status != FINISHED:
             return status
-        _evaluate(config, run_dir, folder)
-    _show(run_dir, folder)
+        _evaluate(config, run_dir, folder / "test.jsonl", *reports)
+    _show(run_dir, folder / "test.jsonl", *reports)
     return FINISHED
 
 
-def _evaluate(config: Config, run_dir: Path, folder: Path) -> None:
+def _evaluate(config: Config, run_dir: Path, test: Path, greedy: Path, beam: Path) -> None:
     vocabulary = Vocabulary(config.data.characters)
     sentences = [vocabulary.normalize(u.text) for path in config.data.train for u in read_manifest(path)]
     lm = build_ngram(sentences, run_dir / "lm.arpa")
     recognizer = Recognizer.load(run_dir)
-    test = folder / "test.jsonl"
-    score_run(recognizer, test, None, folder=run_dir / "eval" / "test-greedy", checkpoint="best")
-    beam = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
-    score_run(recognizer, test, beam, folder=run_dir / "eval" / "test-beam-lm", checkpoint="best")
+    score_run(recognizer, test, None, folder=greedy, checkpoint="best")
+    decoder = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
+    score_run(recognizer, test, decoder, folder=beam, checkpoint="best")
 
 
-def _show(run_dir: Path, folder: Path) -> None:
+def _show(run_dir: Path, manifest: Path, greedy: Path, beam: Path) -> None:
     """Print both rates, some utterances that the language model changed, and where the curves are."""
-    hyps = {name: _read_hyps(run_dir / "eval" / name / "recogs.txt") for name in ("test-greedy", "test-beam-lm")}
-    test = read_manifest(folder / "test.jsonl")
-    changed = [u for u in test if hyps["test-greedy"][u.id] != hyps["test-beam-lm"][u.id]]
+    plain, with_lm = _read_hyps(greedy / "recogs.txt"), _read_hyps(beam / "recogs.txt")
+    test = read_manifest(manifest)
+    changed = [u for u in test if plain[u.id] != with_lm[u.id]]
     for u in (changed + [u for u in test if u not in changed])[:EXAMPLES]:
-        print(f"\n  ref     {u.text}\n  greedy  {hyps['test-greedy'][u.id]}\n  with LM {hyps['test-beam-lm'][u.id]}")
+        print(f"\n  ref     {u.text}\n  greedy  {plain[u.id]}\n  with LM {with_lm[u.id]}")
     print(f"\n{len(test)} utterances of voices that the model has never heard:")
-    for name, label in (("test-greedy", "greedy"), ("test-beam-lm", "with LM")):
-        report = json.loads((run_dir / "eval" / name / "report.json").read_text(encoding="utf-8"))
+    for folder, label in ((greedy, "greedy"), (beam, "with LM")):
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         counts = EditCounts(
             reference=report["words"],
             insertions=report["insertions"],
@@ -70,7 +72,9 @@ def _show(run_dir: Path, folder: Path) -> None:
             substitutions=report["substitutions"],
         )
         print(f"  {label:<8}{counts.format('WER')}")
-    print(f"\ncurves: {sys.executable} -m tensorboard.main --logdir {run_dir.parent}\nreports: {run_dir / 'eval'}")
+    python = shlex.quote(sys.executable)
+    print(f"\ncurves: {python} -m tensorboard.main --logdir {shlex.quote(str(run_dir.parent))}")
+    print(f"reports: {run_dir / 'eval'}")
 
 
 def _read_hyps(path: Path) -> dict[str, str]:

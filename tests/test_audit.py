@@ -209,6 +209,21 @@ def test_a_speaker_shared_with_a_test_manifest_is_an_error(corpus: Corpus):
         assert detail.endswith("test-clean.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("stem", "kind"),
+    [
+        *((stem, "speaker shared with test") for stem in ("test", "an4_test", "Test2", "mini.test-other")),
+        *((stem, "speaker shared") for stem in ("latest", "contest-dev", "testing")),
+    ],
+)
+def test_test_is_a_word_of_the_name_of_a_manifest(corpus: Corpus, stem: str, kind: str):
+    train = corpus.manifest("train")[:1]
+    (corpus.root / "test").mkdir()  # nor does a folder make a test manifest
+    other = [replace(train[0], id="other", audio_filepath=corpus.root / "gone.wav", text="other")]
+    findings = check(corpus.write("train", train), corpus.write(f"test/{stem}", other)).findings
+    assert [f.kind for f in findings if "speaker" in f.kind] == [kind]
+
+
 def test_a_speaker_shared_with_another_manifest_is_a_warning(corpus: Corpus):
     train, dev = corpus.manifest("train", 0), corpus.manifest("dev", 1)
     train[3] = replace(train[3], speaker="dev-speaker-1")

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxds2"
 
 FLOORS = (
-    ("config", "text", "audio"),
+    ("config", "text", "audio", "files"),
     (
         "features",
         "augment",
@@ -28,6 +28,7 @@ FLOORS = (
 """Which modules stand on which floor; a name of its own goes before `folder.*`."""
 
 ARROWS = {
+    ("config", "files"),
     ("model.deepspeech2", "model.mingru"),
     ("data.pipeline", "data.plan"),
     ("decoding.beam", "decoding.lm"),

@@ -9,6 +9,7 @@ import pytest
 
 from jaxds2.data.manifest import ManifestError, Utterance, write_manifest
 from jaxds2.decoding.lm import LMError, build_ngram, load_model, load_unigrams, read_sentences, vocabulary_path
+from jaxds2.files import WriteError
 
 kenlm = pytest.importorskip("kenlm")
 pytest.importorskip("kaldingram")
@@ -174,3 +175,9 @@ def test_nothing_is_printed_but_progress(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert set(re.findall(r"[A-Za-z][\w -]+", re.sub(r"\[.*?\]", "", err))) <= {"count n-grams", "estimate"}
+
+
+def test_a_model_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file/lm\.vocab\.txt: cannot be written \(Not a directory\)"):
+        build_ngram(ROUTES, tmp_path / "file" / "lm.arpa", order=2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -98,6 +99,27 @@ def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, s
         assert metrics(tmp_path / "run")[step]["train/loss"] == values["train/loss"]
 
 
+def test_a_run_stopped_while_it_evaluates_makes_up_for_it(tones, whole, tmp_path, monkeypatch):
+    plan = loop.evaluate
+
+    def stopped(*args, should_stop, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return plan(*args, should_stop=should_stop, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopped)
+        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        assert (checkpoints.last(), checkpoints.best()) == (8, None)
+    for _ in range(2):  # the second time there is nothing left to make up for
+        assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+        with Checkpoints(tmp_path / "run/checkpoints") as checkpoints, Checkpoints(whole / "checkpoints") as unstopped:
+            assert checkpoints.best() == unstopped.best() == 8
+            assert checkpoints.wer(8) == unstopped.wer(8)
+        assert metrics(tmp_path / "run")[8]["dev/wer"] == metrics(whole)[8]["dev/wer"]
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
 def test_the_config_and_the_vocabulary_are_in_the_run_and_in_the_checkpoint(tones, whole):
     assert loop.read_config(whole / "config.json") == config(tones)
     with Checkpoints(whole / "checkpoints") as checkpoints:
@@ -190,6 +212,19 @@ def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
     assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("change", "says"), [({"text": "aéb"}, "é"), ({"audio_filepath": Path("gone.wav")}, "gone.wav")]
+)
+def test_a_bad_dev_manifest_is_found_before_training(tones, tmp_path, change, says):
+    dev = read_manifest(tones / "dev.jsonl")
+    write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(dev[0], **change), *dev[1:]])
+    base = config(tones)
+    data = dataclasses.replace(base.data, dev=str(tmp_path / "dev.jsonl"))
+    with pytest.raises(ValueError, match=says):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_left_out_is_named_by_reason(tones, tmp_path):
     base = config(tones)
     data = dataclasses.replace(base.data, max_duration=0.5, dev=None)
@@ -217,6 +252,7 @@ def test_diverging_stops_by_name_after_so_many_skipped_steps(tones, tmp_path, mo
     monkeypatch.setattr(loop, "create", poisoned)
     with pytest.raises(TrainingError, match=r"3 steps in a row .*train-\d\d"):
         train(base, tmp_path / "run", progress=False)
+    assert run_digest(tmp_path / "run")[1] >= 3  # what there was is saved
 
 
 def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, learnt, tmp_path):
@@ -228,6 +264,18 @@ def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, l
     wider = dataclasses.replace(base, model=dataclasses.replace(base.model, width=48))
     with pytest.raises(CheckpointError, match="same model"):
         train(wider, tmp_path / "wider", progress=False)
+
+
+def test_a_run_is_evaluated_on_whatever_devices_are_there(tones, learnt, tmp_path):
+    shutil.copytree(learnt, tmp_path / "run")
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    settings["training"] |= {"devices": 64, "precision": "bfloat16"}
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    recognizer = Recognizer.load(tmp_path / "run")
+    texts = transcribe(
+        recognizer, [tones / "dev-00.wav"], lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
+    )
+    assert texts[0].text == read_manifest(tones / "dev.jsonl")[0].text
 
 
 def test_evaluating_a_folder_that_is_no_run_is_one_clear_line(tmp_path):

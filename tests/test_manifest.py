@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxds2.audio import MAX_DURATION
 from jaxds2.data.manifest import ManifestError, Utterance, manifest_digest, read_manifest, write_manifest
 
 GOOD = {"audio_filepath": "a.wav", "duration": 1.5, "text": "hello"}
@@ -45,6 +46,10 @@ def refusal(path: Path) -> str:
         (json.dumps({**GOOD, "duration": -1}), "duration is -1, expected seconds"),
         (json.dumps({**GOOD, "duration": float("nan")}), "duration is nan, expected seconds"),
         (json.dumps({**GOOD, "duration": float("inf")}), "duration is inf, expected seconds"),
+        (json.dumps({**GOOD, "duration": 1e300}), "duration is 1e+300, expected seconds, 0 to 14400"),
+        (json.dumps({**GOOD, "duration": 10**400}), "duration is 10000000000000000000..., expected seconds"),
+        (json.dumps({**GOOD, "duration": 14400.001}), "duration is 14400.001, expected seconds, 0 to 14400"),
+        ("[" * 100_000, "brackets nested too deeply"),
         (json.dumps({**GOOD, "text": None}), "text is None, expected a string"),
         (json.dumps({**GOOD, "audio_filepath": 3}), "audio_filepath is 3, expected a string"),
         (json.dumps({**GOOD, "audio_filepath": ""}), "audio_filepath is empty"),
@@ -82,6 +87,11 @@ def test_defaults_and_keys_of_other_tools(tmp_path: Path):
     first, second = read_manifest(write_lines(tmp_path / "m.jsonl", *lines))
     assert (first.id, first.speaker) == ("a", None)
     assert (second.id, second.speaker) == ("7", "12")
+
+
+def test_a_recording_may_be_as_long_as_an_audio_file(tmp_path: Path):
+    (utterance,) = read_manifest(write_lines(tmp_path / "m.jsonl", json.dumps({**GOOD, "duration": 14400})))
+    assert utterance.duration == MAX_DURATION
 
 
 def test_audio_is_relative_to_the_manifest_not_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,10 @@
 """What training reports is all there, once, and readable by TensorBoard."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxds2.text import Vocabulary
-from jaxds2.training.monitor import Monitor, alignment_picture
+from jaxds2.training.monitor import Monitor, MonitorError, alignment_picture
 
 VOCABULARY = Vocabulary("abc ")
 
@@ -170,3 +174,64 @@ def test_an_alphabet_that_the_font_lacks_is_drawn_without_a_warning(tmp_path: Pa
     with monitor(tmp_path) as m:
         m.figure(1, "dev/alignment", alignment_picture(log_probs([0, 1, 2, 3]), vocabulary))
     assert tensorboard(tmp_path).Images("dev/alignment")
+
+
+REPORT_UNTIL_FULL = """
+import resource, sys
+from pathlib import Path
+from jaxds2.training.monitor import Monitor, MonitorError
+
+m = Monitor(Path(sys.argv[1]), total_steps=100, progress=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    for step in range(100):
+        REPORT
+except MonitorError as e:
+    print(e)
+m.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        'm.text(step, "config", "x" * 5_000)',  # TensorBoard's alone, written by its thread
+        'm.scalars(step, {"loss" + "x" * 5_000: 1.0})',
+        'm.message("x" * 5_000)',
+    ],
+)
+def test_a_full_disk_ends_reporting_with_one_error_and_nothing_waits(tmp_path: Path, report: str):
+    command = [sys.executable, "-c", REPORT_UNTIL_FULL.replace("REPORT", report), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stdout.splitlines() if not line.startswith("xxx")]
+    expected = "cannot be written (File too large); make room, then resume with the same command"
+    assert said == [f"{tmp_path / 'run'}: {expected}"]
+
+
+@pytest.fixture
+def no_room_for_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", fail)
+
+
+@pytest.mark.usefixtures("no_room_for_tensorboard")
+def test_a_failure_that_no_report_has_met_is_raised_by_closing_once(tmp_path: Path):
+    m = monitor(tmp_path)
+    with pytest.raises(MonitorError, match="No space left on device"):
+        m.close()
+    m.close()
+
+
+@pytest.mark.usefixtures("no_room_for_tensorboard")
+def test_a_failure_to_close_does_not_hide_the_error_that_is_under_way(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), monitor(tmp_path):
+        raise KeyboardInterrupt
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MonitorError, match=r"file/run: cannot be written \(Not a directory\); put that right"):
+        monitor(tmp_path / "file/run")

@@ -2,16 +2,22 @@
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations
 
+from jaxds2.augment import add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig, ModelConfig, OptimizerConfig
+from jaxds2.ctc import ctc_loss
 from jaxds2.data.pipeline import Batch
 from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import create
+from jaxds2.model.scan import choose
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxds2.training.step import TrainState, make_eval_step, make_train_step
 
@@ -35,7 +41,7 @@ def batch(rows: int = 4, seed: int = 0, epoch: int = 0, samples: int = 12_000) -
 
 @functools.cache
 def setup(
-    model: ModelConfig = MODEL, *, dtype=jnp.float32, ema_decay=0.9, optimizer=OPTIMIZER, total_steps=20, devices=1
+    model: ModelConfig = MODEL, *, dtype=jnp.float32, ema_decay=0.9, optimizer=OPTIMIZER, total_steps=60, devices=1
 ):
     apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
     tx = make_optimizer(optimizer, total_steps)
@@ -58,9 +64,41 @@ def sequential():
     return run(*setup())
 
 
-@pytest.mark.parametrize("scan", ["associative", "fused"])
+def trace(state, step):
+    """The program of one training step."""
+    with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes its bfloat16 input on its own
+        return jax.make_jaxpr(step)(state, batch())
+
+
+def carries(eqn):
+    """The avals that one pass of a loop hands to the next."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["jaxpr"].out_avals[: eqn.params["num_carry"]]
+    return eqn.params["body_jaxpr"].out_avals
+
+
+def form_in(program) -> str:
+    """The form of the recurrence that a training step contains, told by what its scans over states (B, H) stack."""
+    scans = [
+        eqn
+        for eqn in equations(program)
+        if eqn.primitive.name == "scan" and [aval.shape for aval in carries(eqn)] == [(4, MODEL.hidden)]
+    ]
+    if not scans:
+        return "associative"
+    passes = 2 * MODEL.layers  # a layer has two directions
+    assert len(scans) == 2 * passes  # forwards, and back for the gradient
+    stacked = [len(eqn.outvars) - 1 for eqn in scans]
+    # JAX's own derivative of a scan keeps more than the states; ours keeps these alone.
+    return "fused" if stacked[:passes] == [1] * passes else "sequential"
+
+
+@pytest.mark.parametrize("scan", ["associative", "fused", "auto"])
 def test_five_steps_under_each_form_of_the_scan_are_equal(scan, sequential):
-    state, losses = run(*setup(dataclasses.replace(MODEL, scan=scan)))
+    assert form_in(trace(*setup())) == "sequential"
+    form = setup(dataclasses.replace(MODEL, scan=scan))
+    assert form_in(trace(*form)) == choose(scan)
+    state, losses = run(*form)
     np.testing.assert_allclose(losses, sequential[1], rtol=1e-4)
     for name, value in state.params.items():
         np.testing.assert_allclose(value, sequential[0].params[name], atol=2e-3, err_msg=name)
@@ -81,34 +119,98 @@ def test_bfloat16_follows_float32_within_5_percent_of_loss(sequential):
     np.testing.assert_allclose(losses, sequential[1], rtol=0.05)
 
 
-def test_bfloat16_reaches_the_matmuls_and_not_the_scan_the_loss_or_the_state():
-    state, step = setup(dtype=jnp.bfloat16)
+def matmuls(program) -> Counter:
+    """How often a program multiplies or convolves what: (primitive, dtypes and shapes of the operands)."""
+    return Counter(
+        (eqn.primitive.name, tuple((str(v.aval.dtype), v.aval.shape) for v in eqn.invars))
+        for eqn in equations(program)
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    )
+
+
+def float32_matmuls_by_design() -> Counter:
+    """Those of the features, of the mel warp, and of the loss with its gradient."""
+
+    def features(batch):
+        features_BTF, lengths_B = log_mel(batch.audio_BS, batch.audio_lengths_B, FEATURES)
+        return spec_augment(features_BTF, lengths_B, utterance_keys(0, batch.epoch, batch.index_B), AUGMENT)
+
+    def loss(logits_BUV, batch):
+        return jnp.sum(ctc_loss(logits_BUV, batch.label_lengths_B, batch.labels_BN, batch.label_lengths_B))
+
+    apply, params = create(FEATURES.n_mels, V, MODEL, dtype=jnp.float32)
+    features_BTF = jax.eval_shape(features, batch())
+    logits_BUV = jax.eval_shape(apply, params, features_BTF, batch().audio_lengths_B)[0]
     with jax.numpy_dtype_promotion("standard"):
-        text = step.lower(state, batch()).as_text()
-        new_state = jax.eval_shape(step, state, batch())[0]
-    forward = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "tensor<16x8xbf16>" in line]
-    assert forward
-    assert not [line for line in text.splitlines() if "stablehlo.convolution" in line and "f32" in line.split("->")[0]]
-    # Loops over time (the scan, CTC's forward pass) carry float32 or integers only.
-    loops = [line for line in text.splitlines() if "stablehlo.while" in line]
-    assert loops
+        return matmuls(jax.make_jaxpr(features)(batch())) + matmuls(
+            jax.make_jaxpr(jax.value_and_grad(loss))(logits_BUV, batch())
+        )
+
+
+@pytest.mark.parametrize("scan", ["sequential", "associative", "fused"])
+def test_in_bfloat16_every_matmul_of_the_model_and_no_other_takes_bfloat16(scan):
+    state, step = setup(dataclasses.replace(MODEL, scan=scan), dtype=jnp.bfloat16)
+    found = matmuls(trace(state, step))
+    in_bfloat16 = Counter()
+    in_float32 = Counter()
+    for (name, operands), count in found.items():
+        dtypes = {dtype for dtype, _ in operands}
+        assert len(dtypes) == 1, (name, operands)
+        if dtypes == {"bfloat16"}:
+            in_bfloat16[name] += count
+        else:
+            in_float32[name, operands] += count
+    assert in_float32 == float32_matmuls_by_design()
+    kernels = Counter(value.ndim for name, value in state.params.items() if name.endswith(".kernel"))
+    # Each is used forwards, for its own gradient and for its input's, but nothing asks for the features' gradient.
+    assert in_bfloat16 == {"dot_general": 3 * kernels[2], "conv_general_dilated": 3 * kernels[4] - 1}
+
+
+@pytest.mark.parametrize("scan", ["sequential", "associative", "fused"])
+def test_in_bfloat16_every_loop_over_time_the_loss_and_the_state_are_float32(scan):
+    state, step = setup(dataclasses.replace(MODEL, scan=scan), dtype=jnp.bfloat16)
+    loops = [eqn for eqn in equations(trace(state, step)) if eqn.primitive.name in ("scan", "while")]
+    carried = [aval for eqn in loops for aval in carries(eqn) if jnp.issubdtype(aval.dtype, jnp.floating)]
+    assert {str(aval.dtype) for aval in carried} == {"float32"}
+    # The forward pass of CTC and its gradient are among them: (B, N + 1) blanks and (B, N) labels.
+    assert [aval.shape for aval in carried].count((4, 6)) == 2
+    assert [aval.shape for aval in carried].count((4, 5)) == 2
+    with jax.numpy_dtype_promotion("standard"):
+        new_state, metrics = jax.eval_shape(step, state, batch())
+    assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
     for tree in (new_state.params, new_state.ema, new_state.opt_state):
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
         assert dtypes == {jnp.dtype("float32")}
 
 
-def test_two_devices_and_one_draw_the_same_and_lose_the_same():
+def test_two_devices_and_one_lose_the_same_over_fifty_steps():
     losses = {}
     for devices in (1, 2):
         mesh = data_mesh(devices, rows_multiple=4)
         state, step = setup(devices=devices)
         state = replicate(state, mesh)
         values = []
-        for s in range(10):
+        for s in range(50):
             state, metrics = step(state, place(batch(seed=s), mesh))
             values.append(float(metrics.loss))
         losses[devices] = values
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+
+
+def test_two_devices_and_one_draw_the_same():
+    @jax.jit
+    def augmented(batch):
+        keys_B = utterance_keys(0, batch.epoch, batch.index_B)
+        noisy_BS = add_noise(batch.audio_BS, batch.audio_lengths_B, keys_B, (0.0, 20.0))
+        # What was not masked stays 1 or nearly so under the mel warp.
+        ones_BTF = jnp.ones((*batch.index_B.shape, 72, FEATURES.n_mels))
+        return noisy_BS, spec_augment(ones_BTF, batch.audio_lengths_B // 160, keys_B, AUGMENT)
+
+    one, two = (augmented(place(batch(epoch=3), data_mesh(devices, rows_multiple=4))) for devices in (1, 2))
+    assert len(two[1].sharding.device_set) == 2
+    assert 0 < np.mean(np.asarray(one[1]) == 0) < 1
+    for from_one, from_two in zip(one, two, strict=True):
+        np.testing.assert_array_equal(from_two, from_one)
 
 
 def test_the_compiled_step_reduces_gradients_over_devices():

@@ -5,6 +5,7 @@ Errors make training or a score wrong (`jaxds2 check` exits 1); warnings are for
 
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,8 @@ def _check_distinct(manifests: Sequence[str | Path]) -> None:
 
 
 def _is_test(manifest: str) -> bool:
-    return "test" in Path(manifest).stem.lower()
+    """Whether `test` is a word of its name: of `test-clean` and `an4_test`, but not of `latest`."""
+    return "test" in re.split(r"[\W\d_]+", Path(manifest).stem.lower())
 
 
 def _read_all(paths: Sequence[Path], sample_rate: int, progress: bool) -> list[_Waveform | AudioError]:

@@ -6,12 +6,14 @@ A line holds `audio_filepath` (relative to the manifest, or absolute), `duration
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jaxds2.audio import MAX_DURATION
+from jaxds2.files import write_whole
 
 DURATION_TOLERANCE = 0.1
 """Seconds by which a file may differ from its declared duration: other tools round to a digit, and an MP3's header may
@@ -38,7 +40,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read and validate a manifest. The audio files themselves are not opened.
 
     Raises:
-      ManifestError: no such file, an empty file, a line that is not JSON, a missing key, a wrong type, an id twice.
+      ManifestError: no such file, an empty file, a line that is not JSON, a missing key, a wrong type, a
+        duration that no audio file may have, an id twice.
     """
     path = Path(path)
     try:
@@ -52,7 +55,10 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        utterance = _parse_line(line, path, number)
+        try:
+            utterance = _parse_line(line, path, number)
+        except RecursionError:
+            raise ManifestError(f"{path}:{number}: brackets nested too deeply") from None
         if utterance.id in seen:
             raise ManifestError(f"{path}:{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
         seen[utterance.id] = number
@@ -76,8 +82,10 @@ def _parse_line(line: str, path: Path, number: int) -> Utterance:
         if not isinstance(record[key], kind) or isinstance(record[key], bool):
             expected = "a number" if key == "duration" else "a string"
             raise ManifestError(f"{where}: {key} is {record[key]!r}, expected {expected}")
-    if not (math.isfinite(record["duration"]) and record["duration"] >= 0):
-        raise ManifestError(f"{where}: duration is {record['duration']}, expected seconds")
+    if not 0 <= record["duration"] <= MAX_DURATION:  # nor NaN
+        given = str(record["duration"])
+        shown = given if len(given) <= 20 else given[:20] + "..."
+        raise ManifestError(f"{where}: duration is {shown}, expected seconds, 0 to {MAX_DURATION:.0f}")
     if not record["audio_filepath"]:
         raise ManifestError(f"{where}: audio_filepath is empty")
     audio = Path(record["audio_filepath"])
@@ -95,20 +103,21 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     """Write a manifest, atomically: it is there whole or not at all.
 
     Audio below the manifest's folder is named relative to it, other audio by its absolute path.
+
+    Raises:
+      WriteError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     root = Path(os.path.abspath(path.parent))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as f:
-        for u in utterances:
-            audio = Path(os.path.abspath(u.audio_filepath))
-            name = audio.relative_to(root) if audio.is_relative_to(root) else audio
-            record = {"audio_filepath": str(name), "duration": round(u.duration, 6), "text": u.text, "id": u.id}
-            if u.speaker is not None:
-                record["speaker"] = u.speaker
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    lines: list[str] = []
+    for u in utterances:
+        audio = Path(os.path.abspath(u.audio_filepath))
+        name = audio.relative_to(root) if audio.is_relative_to(root) else audio
+        record = {"audio_filepath": str(name), "duration": round(u.duration, 6), "text": u.text, "id": u.id}
+        if u.speaker is not None:
+            record["speaker"] = u.speaker
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def manifest_digest(utterances: Sequence[Utterance]) -> str:

@@ -26,7 +26,7 @@ Array = Any
 """np.ndarray on the host, jax.Array on devices and while tracing."""
 
 
-class PipelineError(RuntimeError):
+class PipelineError(ValueError):
     """A batch could not be made: a fault in the loader or the death of a worker, not one bad recording."""
 
 

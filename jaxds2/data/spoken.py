@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from jaxds2.audio import AudioError, probe_audio
 from jaxds2.data.manifest import Utterance, write_manifest
+from jaxds2.files import write_whole
 
 RECIPE = 1
 """Raise it when the sound of a prompt changes: a corpus of an older recipe is spoken anew."""
@@ -168,6 +169,7 @@ def prepare_demo(out: str | Path, *, seed: int = 0, workers: int | None = None, 
 
     Raises:
       SpokenError: espeakng-loader is not installed or its library does not work, or `out` holds something else.
+      WriteError: a file cannot be written.
     """
     out = Path(out)
     if seed < 0:
@@ -225,6 +227,7 @@ def speak(prompts: Sequence[Prompt], out: Path, *, workers: int, progress: bool 
 
     Raises:
       SpokenError: espeak-ng is missing, does not work, or does not know a voice.
+      WriteError: a file cannot be written.
     """
     by_voice: dict[str, list[Prompt]] = {}
     for p in prompts:
@@ -324,8 +327,7 @@ def _claim(out: Path, identity: dict[str, int | str], manifests: Sequence[Path])
         manifest.unlink(missing_ok=True)
     if audio.exists():
         shutil.rmtree(audio)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(marker, json.dumps(identity, indent=2).encode() + b"\n")
+    write_whole(marker, json.dumps(identity, indent=2) + "\n")
 
 
 def _unspoken(prompts: Sequence[Prompt], out: Path) -> list[Prompt]:
@@ -339,12 +341,6 @@ def _is_spoken(path: Path) -> bool:
         return probe_audio(path).sample_rate == SAMPLE_RATE
     except AudioError:
         return False
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _espeak_paths() -> tuple[Path, Path]:
@@ -393,7 +389,6 @@ def _speak_apart(prompts: Sequence[Prompt], out: Path) -> None:
 
 def _speak_voice(prompts: Sequence[Prompt], out: Path) -> None:
     """Speak the prompts of one voice; only once in the life of a process (see the head of this file)."""
-    prompts[0].path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         library, data = _espeak_paths()
         if len(os.fsencode(data)) > _ESPEAK_PATH_BYTES:
@@ -402,7 +397,7 @@ def _speak_voice(prompts: Sequence[Prompt], out: Path) -> None:
             data = link
         espeak = _Espeak(library, data)
         for p in prompts:
-            _write(p.path(out), _encode_flac(_record(espeak.say(p), espeak.sample_rate, p)))
+            write_whole(p.path(out), _encode_flac(_record(espeak.say(p), espeak.sample_rate, p)))
 
 
 def _record(speech_S: np.ndarray, sample_rate: int, prompt: Prompt) -> np.ndarray:

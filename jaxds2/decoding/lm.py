@@ -8,7 +8,6 @@ import contextlib
 import gzip
 import io
 import math
-import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from jaxds2.data.manifest import read_manifest
+from jaxds2.files import write_whole
 
 if TYPE_CHECKING:
     import kenlm
@@ -70,6 +70,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
 
     Raises:
       LMError: kaldingram is missing, order out of range or above what the sentences hold, fewer than two sentences.
+      WriteError: a file cannot be written.
     """
     if not MIN_ORDER <= order <= MAX_ORDER:
         raise LMError(f"order {order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
@@ -109,9 +110,8 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
             stage()
     unigrams = counts.counts[0][()].word_to_f
     unknown = 1.0 - sum(unigrams.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write(vocabulary_path(out), "".join(f"{word}\n" for word in sorted(words)))
-    _write(out, _with_unknown(arpa.getvalue(), len(unigrams), unknown))
+    write_whole(vocabulary_path(out), "".join(f"{word}\n" for word in sorted(words)))
+    write_whole(out, _with_unknown(arpa.getvalue(), len(unigrams), unknown))
     return out
 
 
@@ -204,13 +204,6 @@ def load_model(path: Path) -> "kenlm.Model":
     except (OSError, RuntimeError, ValueError) as e:
         reason = _reason(e).rpartition("threw ")[2]  # behind the place in KenLM's C++
         raise LMError(f"{path}: KenLM cannot read it ({reason})") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _reason(error: Exception) -> str:

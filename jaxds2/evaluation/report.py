@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxds2.decoding.beam import BeamDecoder
 from jaxds2.decoding.greedy import greedy_decode
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.evaluation.metrics import align_words, count_character_edits, count_word_edits
+from jaxds2.files import write_whole
 from jaxds2.inference.recognizer import Recognizer
 
 SCHEMA_VERSION = 1
@@ -40,7 +40,7 @@ def score_run(
       The content of report.json.
 
     Raises:
-      ManifestError: a bad manifest. EvaluationError: a recording that cannot be scored.
+      ManifestError: a bad manifest. EvaluationError: a recording that cannot be scored. WriteError: as write_report.
     """
     vocabulary = recognizer.vocabulary
     decode = beam.decode if beam else lambda log_probs_UV: greedy_decode(log_probs_UV, vocabulary)
@@ -96,7 +96,7 @@ def write_report(
       The content of report.json. `wer` and `cer` are fractions, null where errors stand against no reference at all.
 
     Raises:
-      ValueError: ids, refs and hyps differ in number.
+      ValueError: ids, refs and hyps differ in number. WriteError: a file cannot be written.
     """
     rows = sorted(zip(ids, refs, hyps, strict=True))
     words, characters = count_word_edits(refs, hyps), count_character_edits(refs, hyps)
@@ -118,11 +118,10 @@ def write_report(
         "checkpoint_step": checkpoint_step,
         "decoder": dict(decoder),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     summary = f"{words.format('WER')}\n{characters.format('CER')}\n"
-    _write(folder / "recogs.txt", "".join(f"{i}: ref={ref}\n{i}: hyp={hyp}\n" for i, ref, hyp in rows))
-    _write(folder / "errs.txt", summary + _errors(rows))
-    _write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "recogs.txt", "".join(f"{i}: ref={ref}\n{i}: hyp={hyp}\n" for i, ref, hyp in rows))
+    write_whole(folder / "errs.txt", summary + _errors(rows))
+    write_whole(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return report
 
 
@@ -151,10 +150,3 @@ def _errors(rows: Sequence[tuple[str, str, str]]) -> str:
 
 def _fraction(rate: float) -> float | None:
     return rate if math.isfinite(rate) else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -1,5 +1,6 @@
 """A trained model, ready to turn recordings into log-probabilities."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from jaxds2.model.deepspeech2 import Params, create, output_lengths
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
 from jaxds2.training.step import EvalOutput, make_eval_step
+
+WORTH_WORKERS = 100
+"""Batches from which on it is worth a second or two to start loader processes."""
 
 
 def compute_dtype(config: Config) -> jax.typing.DTypeLike:
@@ -65,7 +69,9 @@ class Recognizer:
             step = checkpoints.resolve(checkpoint)
             params = checkpoints.restore_params(step)
         vocabulary = Vocabulary(config.data.characters)
-        mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
+        # On this machine's devices, in their own precision, whatever the run was trained on.
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
+        mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
         eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
@@ -78,6 +84,7 @@ class Recognizer:
             digest=manifest_digest(utterances),
             data=self.config.data,
             seed=0,
+            sample_rate=self.config.features.sample_rate,
             shuffle=False,
         )
 
@@ -110,9 +117,8 @@ class Recognizer:
         """
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)
-        with load_batches(
-            utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=self.config.data.workers
-        ) as batches:
+        workers = self.config.data.workers if steps >= WORTH_WORKERS else 0
+        with load_batches(utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=workers) as batches:
             for loaded in batches:
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
                 yield np.asarray(loaded.batch.index_B), jax.device_get(output), loaded.failures

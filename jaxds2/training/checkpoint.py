@@ -6,6 +6,7 @@ flipped bit without a word; and `meta`, what one wants to know without loading a
 """
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -150,6 +151,29 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the lowest dev WER, the newest of equals; None: no checkpoint has a WER."""
         return None if self._manager is None else self._manager.best_step()
+
+    def wer(self, step: int) -> float | None:
+        """The dev WER that a checkpoint was given; None: it has none."""
+        metrics = None if self._manager is None else self._manager.metrics(step)
+        return metrics["wer"] if metrics else None
+
+    def rescore(self, step: int, wer: float) -> None:
+        """Give a checkpoint without a WER its WER, so that it can be the best: for an evaluation that was interrupted.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        self.wait()
+        assert self._manager is not None
+        # As orbax lays out the metrics of a save, which it offers no way to add later.
+        unfinished, metrics = self.root / str(step) / "metrics.partial", self.root / str(step) / "metrics"
+        try:
+            unfinished.mkdir(exist_ok=True)
+            (unfinished / "metrics").write_text(json.dumps({"wer": wer}), encoding="utf-8")
+            os.replace(unfinished, metrics)
+        except OSError as e:
+            raise CheckpointError(f"{self._shown / str(step)}: its WER could not be written ({_reason(e)})") from e
+        self._manager.reload()
 
     def resolve(self, which: str | int) -> int:
         """The step that `best`, `last` or a number means; `best` is the last where no checkpoint has a WER.

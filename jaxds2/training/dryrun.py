@@ -146,6 +146,7 @@ def dry_run(config: Config) -> DryRun:
         data=config.data,
         seed=config.training.seed,
         speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
     )
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     dtype = np.dtype(compute_dtype(config))
@@ -213,6 +214,7 @@ def _from_manifests(config: Config, vocabulary: Vocabulary) -> _Corpus:
         vocabulary=vocabulary,
         output_frames=lambda num_samples: output_frames(num_samples, config),
         speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
     )
     return _Corpus(
         np.array([u.duration for u in kept]),

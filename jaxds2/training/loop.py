@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,16 +13,17 @@ import jax
 import numpy as np
 
 import jaxds2
+from jaxds2.audio import probe_audio
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
-from jaxds2.data.pipeline import LoadedBatch, load_batches
+from jaxds2.data.pipeline import LoadedBatch, PipelineError, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.data.plan import BatchPlan, select_utterances
 from jaxds2.decoding.greedy import greedy_decode
-from jaxds2.evaluation.evaluate import Interrupted, Scores, evaluate
+from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, Scores, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype, output_frames
 from jaxds2.model.deepspeech2 import Params, create
-from jaxds2.text import Vocabulary
+from jaxds2.text import TextError, Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
@@ -30,7 +32,15 @@ from jaxds2.training.step import StepMetrics, TrainState, make_eval_step, make_t
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
 
-MAY_CHANGE = ("data.workers", "training.devices", "training.log_every", "training.checkpoint_every")
+MAY_CHANGE = {
+    "data.workers",
+    "data.test",
+    "data.durations",
+    "training.devices",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.max_skipped",
+}
 """Fields in which a resumed run may differ from its start: none of them changes what is learnt."""
 
 
@@ -80,6 +90,7 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
         vocabulary=vocabulary,
         output_frames=lambda num_samples: output_frames(num_samples, config),
         speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
     )
     if not kept:
         reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
@@ -96,7 +107,28 @@ def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: V
         data=config.data,
         seed=config.training.seed,
         speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
     )
+
+
+def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
+    """The utterances to evaluate on, normalised; empty where the config names none.
+
+    They are looked at before training starts, since a fault would otherwise come up after the first epoch.
+
+    Raises:
+      ManifestError: a bad manifest. AudioError: a recording cannot be opened. TextError: a text outside the alphabet.
+    """
+    if config.data.dev is None:
+        return []
+    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_manifest(config.data.dev)]
+    for u in utterances:
+        try:
+            vocabulary.encode(u.text)
+        except TextError as e:
+            raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
+        probe_audio(u.audio_filepath)
+    return utterances
 
 
 def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
@@ -113,78 +145,77 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       0 when trained to the end, 75 when stopped by SIGINT or SIGTERM with everything saved.
 
     Raises:
-      ConfigError, ManifestError, TextError, CheckpointError: wrong use, one line each.
-      TrainingError: too many steps in a row were not finite.
+      ConfigError, ManifestError, AudioError, TextError, CheckpointError: it cannot start, one line each.
+      TrainingError, PipelineError, EvaluationError: it cannot go on; the last good state is saved.
     """
+    with StopSignal() as stop, Checkpoints(run_dir / "checkpoints") as checkpoints:
+        return _train(config, run_dir, checkpoints, stop, progress)
+
+
+def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSignal, progress: bool) -> int:
+    first_step = checkpoints.last() or 0
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
     utterances, left_out = read_training_data(config, vocabulary)
-    dev = read_manifest(config.data.dev) if config.data.dev else []
-    dev = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in dev]
+    dev = read_dev_data(config, vocabulary)
     plan = training_plan(config, utterances, vocabulary)
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
+    claim_run(config, run_dir, started=first_step > 0)
 
+    seed, ema_decay = config.training.seed, config.training.ema_decay
     apply, params = create(
-        config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=config.training.seed
+        config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=seed
     )
     optimizer = make_optimizer(config.optimizer, total_steps)
-    renewed: list[str] = []
-    if config.training.init_from is not None:
-        params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
-    state = replicate(TrainState.create(params, optimizer, ema_decay=config.training.ema_decay), mesh)
-    train_step = jax.jit(
-        make_train_step(
-            apply,
-            optimizer,
-            config.features,
-            config.augment,
-            mesh=mesh,
-            seed=config.training.seed,
-            ema_decay=config.training.ema_decay,
-        ),
-        donate_argnums=0,
+    train_step = make_train_step(
+        apply, optimizer, config.features, config.augment, mesh=mesh, seed=seed, ema_decay=ema_decay
     )
+    train_step = jax.jit(train_step, donate_argnums=0)
     eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
 
-    claim_run(config, run_dir)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints, StopSignal() as stop:
-        first_step = checkpoints.last() or 0
+    renewed: list[str] = []
+    if config.training.init_from is not None and not first_step:
+        params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
+    state = replicate(TrainState.create(params, optimizer, ema_decay=ema_decay), mesh)
+    if first_step:
+        state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
+
+    with Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor:
+        monitor.message(describe(config))
+        for reason, ids in left_out.items():
+            monitor.message(f"left out: {len(ids)} {reason}: {' '.join(ids)}")
+        hours = sum(u.duration for u in utterances) / 3600
+        monitor.message(
+            f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
+            f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; {total_steps} steps on "
+            f"{mesh.size} of {jax.local_device_count()} {mesh.devices.flat[0].platform} device(s)"
+        )
+        if config.training.init_from is not None and not first_step:
+            monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
         if first_step:
-            state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
-        with Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor:
-            monitor.message(describe(config))
-            for reason, ids in left_out.items():
-                monitor.message(f"left out: {len(ids)} {reason}: {' '.join(ids)}")
-            hours = sum(u.duration for u in utterances) / 3600
-            monitor.message(
-                f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
-                f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; "
-                f"{total_steps} steps on {mesh.size} {mesh.devices.flat[0].platform} device(s)"
+            monitor.message(f"resumed at step {first_step}")
+
+        def save(step: int, wer: float | None) -> None:
+            meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
+            meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
+            checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
+
+        def score_dev(step: int) -> float:
+            recognizer = Recognizer(config, vocabulary, mesh, eval_step, state.eval_params, step)
+            decode = partial(greedy_decode, vocabulary=vocabulary)
+            scores = evaluate(
+                recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=stop
             )
-            if config.training.init_from is not None:
-                monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
-            if first_step:
-                monitor.message(f"resumed at step {first_step}")
+            report.evaluation(step, scores, vocabulary)
+            return scores.words.rate
 
-            def save(state: TrainState, step: int, wer: float | None) -> None:
-                meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
-                meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
-                checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
-
-            def score_dev(params: Params, step: int) -> Scores:
-                recognizer = Recognizer(config, vocabulary, mesh, eval_step, params, step)
-                return evaluate(
-                    recognizer,
-                    dev,
-                    lambda log_probs_UV: greedy_decode(log_probs_UV, vocabulary),
-                    with_loss=True,
-                    warm_up=False,
-                    progress=progress,
-                    should_stop=stop,
-                )
-
-            report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
-            step = first_step
+        report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
+        eval_every = config.training.eval_every
+        step = first_step
+        try:
+            due = first_step and dev and is_due(first_step, eval_every, plan, total_steps)
+            if due and checkpoints.wer(first_step) is None:  # it was stopped in the middle of its evaluation
+                checkpoints.rescore(first_step, score_dev(first_step))
             with load_batches(
                 utterances,
                 plan,
@@ -195,36 +226,34 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
             ) as batches:
                 for loaded in batches:
                     state, metrics = train_step(state, place(loaded.batch, mesh))
+                    step += 1
                     # The metrics of the step before are read while this one runs.
                     report.flush()
                     report.hold(loaded, metrics)
-                    step += 1
 
-                    wer = None
-                    if dev and is_due(step, config.training.eval_every, plan, total_steps):
-                        report.flush()
-                        try:
-                            scores = score_dev(state.eval_params, step)
-                        except Interrupted:
-                            break
-                        wer = scores.words.rate
-                        report.evaluation(step, scores, vocabulary)
+                    evaluating = bool(dev) and is_due(step, eval_every, plan, total_steps)
                     every = config.training.checkpoint_every
-                    if wer is not None or is_due(step, every, plan, total_steps, epochs=not dev):
+                    if evaluating or is_due(step, every, plan, total_steps, epochs=not dev):
                         report.flush()  # the lines of a saved step are not written again on resume
-                        save(state, step, wer)
+                        save(step, score_dev(step) if evaluating else None)
                     if stop():
                         break
             report.flush()
-            if stop():
-                if checkpoints.last() != step:
-                    save(state, step, None)
-                checkpoints.wait()
-                monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
-                return STOPPED
+        except Interrupted:
+            pass  # it is made up for on resume
+        except (TrainingError, PipelineError, EvaluationError):
+            if checkpoints.last() != step:
+                save(step, None)
+            raise
+        if stop():
+            if checkpoints.last() != step:
+                save(step, None)
             checkpoints.wait()
-            monitor.message(f"trained {total_steps} steps: {run_dir}; watch: tensorboard --logdir {run_dir.parent}")
-            return FINISHED
+            monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
+            return STOPPED
+        checkpoints.wait()
+        monitor.message(f"trained {total_steps} steps: {run_dir}; watch: tensorboard --logdir {run_dir.parent}")
+        return FINISHED
 
 
 def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, epochs: bool = True) -> bool:
@@ -236,22 +265,23 @@ def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, e
     return epochs and plan.locate(step)[1] == 0
 
 
-def claim_run(config: Config, run_dir: Path) -> None:
-    """Make the run's folder, or check that what stands there was trained with this config.
+def claim_run(config: Config, run_dir: Path, *, started: bool) -> None:
+    """Make the run's folder; where something has been trained there, check that it was with this config.
 
     Raises:
       ConfigError: it was trained with another one.
     """
     path = run_dir / "config.json"
-    if path.exists():
-        changed = [d for d in differences(read_config(path), config) if not d.startswith(MAY_CHANGE)]
+    if started:
+        changed = [d for d in differences(read_config(path), config) if d.partition(":")[0] not in MAY_CHANGE]
         if changed:
             raise ConfigError(
                 f"{run_dir} was trained with another config ({'; '.join(changed)}); "
                 f"choose another folder with --run, or delete this one"
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+    if not path.exists() or differences(read_config(path), config):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, path)
 
 
 def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Params, list[str]]:
@@ -353,10 +383,10 @@ class StepReport:
         self.since = now
 
     def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
-        """Report a score on the dev manifest."""
+        """Report a score on the dev manifest; the time that it took does not count as training."""
+        self.since += scores.wall_seconds
         values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
         self.monitor.scalars(step, values)
         self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
         self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
         self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))
-        self.since = time.perf_counter()

@@ -4,6 +4,7 @@ A run's folder gets `metrics.jsonl` (the scalars, one step a line), `train.log` 
 """
 
 import colorsys
+import contextlib
 import itertools
 import json
 import math
@@ -11,22 +12,32 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, BinaryIO, SupportsFloat
 
 import numpy as np
 from tqdm import tqdm
 
+from jaxds2.files import lacks_room, write_whole
 from jaxds2.text import BLANK_ID, Vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tensorboardX import SummaryWriter
+
+
+class MonitorError(ValueError):
+    """A run's folder that cannot be written; the message is one line that says how to go on."""
 
 
 class Monitor:
-    """Reports a training run. Close it, or use it as a context manager, so that everything is written."""
+    """Reports a training run. Close it, or use it as a context manager, so that everything is written.
+
+    Whatever reports raises MonitorError where it cannot be written: TensorBoard's part, which a thread writes, at the
+    next report or when the monitor is closed.
+    """
 
     def __init__(self, run_dir: Path, *, total_steps: int, resume_step: int = 0, progress: bool = True):
         """Start to report.
@@ -38,18 +49,31 @@ class Monitor:
           total_steps: where the bar ends.
           resume_step: step of the checkpoint that training goes on from; 0: from the start.
           progress: show the bar.
+
+        Raises:
+          MonitorError, WriteError: the folder cannot be written.
         """
         from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import register_writer_factory
 
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._quiet = False
+        """An error is under way already; a second one would hide it."""
         first_step = resume_step + 1 if resume_step else 0
-        _drop_steps_from(first_step, run_dir / "metrics.jsonl")
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._log = (run_dir / "train.log").open("a", encoding="utf-8")
-        # Without the suffix, a second start within one second would overwrite the file of the first.
-        self._tensorboard = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_step, filename_suffix=f".{time.time_ns()}", flush_secs=10
-        )
+        self._events = _EventFile()
+        register_writer_factory(_EventFile.PREFIX, self._events)
+        with self._writing():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _drop_steps_from(first_step, run_dir / "metrics.jsonl")
+            self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._log = (run_dir / "train.log").open("a", encoding="utf-8")
+            # Without the suffix, a second start within one second would overwrite the file of the first.
+            self._tensorboard = SummaryWriter(
+                f"{_EventFile.PREFIX}:{run_dir / 'tensorboard'}",
+                purge_step=first_step,
+                filename_suffix=f".{time.time_ns()}",
+                flush_secs=10,
+            )
         # Where the bar goes to a file, every refresh stays there for good.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
@@ -70,15 +94,47 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._quiet = self._quiet or error is not None
         self.close()
 
     def close(self) -> None:
-        """Write what is not written yet and leave the bar as it stands."""
+        """Write what is not written yet and leave the bar as it stands.
+
+        Raises:
+          MonitorError: that failed, and no error before has said so.
+        """
         self._bar.close()
         self._tensorboard.close()
-        self._metrics.close()
-        self._log.close()
+        failures = [self._events.failure] if self._events.failure else []
+        for file in (self._metrics, self._log):
+            try:
+                file.close()
+            except OSError as e:
+                failures.append(e)
+        if failures and not self._quiet:
+            raise self._error(failures[0])
+
+    def _error(self, failure: OSError) -> MonitorError:
+        self._quiet = True
+        remedy = "make room" if lacks_room(failure) else "put that right"
+        return MonitorError(
+            f"{self._run_dir}: cannot be written ({failure.strerror or failure}); {remedy}, then resume with the same "
+            f"command"
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise self._error(e) from None
+
+    def _board(self) -> "SummaryWriter":
+        """TensorBoard's writer, unless its thread has failed."""
+        if self._events.failure:
+            raise self._error(self._events.failure)
+        return self._tensorboard
 
     def advance(self, step: int, **values: float) -> None:
         """Move the bar to `step` and show values beside it, such as loss=1.5; one not given keeps its last value."""
@@ -91,8 +147,9 @@ class Monitor:
         """Print text to standard output without breaking the bar, and append it to `train.log` with the time."""
         with tqdm.external_write_mode(file=sys.stdout):
             print(text, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        with self._writing():
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
 
     def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write named numbers to `metrics.jsonl` and TensorBoard.
@@ -102,14 +159,16 @@ class Monitor:
         """
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False)
+        with self._writing():
+            self._metrics.write(line + "\n")
+            self._metrics.flush()
         for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._board().add_scalar(name, value, step)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Show Markdown in TensorBoard."""
-        self._tensorboard.add_text(name, markdown, step)
+        self._board().add_text(name, markdown, step)
 
     def sample_table(self, step: int, rows: Iterable[tuple[str, str, str]]) -> None:
         """Show (id, reference, hypothesis) rows in TensorBoard."""
@@ -127,7 +186,54 @@ class Monitor:
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             canvas.draw()
         pixels_HWC = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
+        self._board().add_image(name, pixels_HWC, step, dataformats="HWC")
+
+
+class _EventFile:
+    """The file that tensorboardX writes from a thread of its own, and the factory by which it opens that file.
+
+    An exception, as on a full disk, would end the thread; its queue would fill, and the next report wait for ever. So
+    the first failure is kept in `failure` for the thread that trains, and what comes after it is dropped.
+    """
+
+    PREFIX = "jaxds2"
+    """Before a path and a colon, by which tensorboardX knows whose factory opens it."""
+
+    _file: BinaryIO
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.partition(":")[2], exist_ok=True)
+
+    def open(self, path: str) -> "_EventFile":
+        self._file = Path(path.partition(":")[2]).open("wb")  # noqa: SIM115 - tensorboardX closes it
+        return self
+
+    def write(self, data: bytes) -> None:
+        self._attempt(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._attempt(self._sync)
+
+    def close(self) -> None:
+        self._attempt(self._file.close)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.failure:
+            return
+        try:
+            action()
+        except OSError as e:
+            self.failure = e
+            # Else Python would try the last bytes once more when it exits, and complain.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def _drop_steps_from(first_step: int, path: Path) -> None:
@@ -142,9 +248,7 @@ def _drop_steps_from(first_step: int, path: Path) -> None:
             continue
         if step < first_step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))
 
 
 _ROW_FRAMES = 160
