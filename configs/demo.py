@@ -1,8 +1,12 @@
-"""The spoken demo corpus: digits and commands by synthetic voices; `make demo` runs it, two cores, about three minutes.
+"""The spoken demo corpus: digits and commands by synthetic voices; `make demo` runs it all.
 
-jaxds2 prepare demo --out data/demo
-python train.py --config configs/demo.py
-python eval.py --run runs/demo --manifest data/demo/test.jsonl
+    jaxds2 prepare demo --out data/demo
+    python train.py --config configs/demo.py
+    python eval.py --run runs/demo --manifest data/demo/test.jsonl
+
+Hardware: 2 CPU cores.
+Hours: about 3 minutes.
+Expected WER: about 5 % with the greedy decoder.
 """
 
 from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -130,7 +130,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 check`."""
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
     parser.add_argument("--config", type=Path, help="alphabet and subsampling to check against (default: the defaults)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here (default: none)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
     parser.set_defaults(call=_check)
 
 
@@ -139,6 +139,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from jaxds2.config import Config, TrainingConfig
     from jaxds2.data.audit import audit
+    from jaxds2.files import write_whole
     from jaxds2.inference.recognizer import output_frames
     from jaxds2.text import Vocabulary
 
@@ -151,7 +152,7 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     print(result.render())
     if arguments.json:
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(result.to_dict(), indent=2) + "\n")
     return FAILURE if result.errors else 0
 
 

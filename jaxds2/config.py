@@ -455,13 +455,6 @@ def _build(cls: type, tree: Any, section: str) -> Any:
             kwargs[name] = _coerce(hints[name], value)
         except _MismatchError:
             raise ConfigError(f"{where}{name}: expected {_describe(hints[name])}, got {value!r}") from None
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in kwargs
-    ]
-    if missing:
-        raise ConfigError(f"{section or 'config'}: missing field {missing[0]!r}")
     return cls(**kwargs)
 
 

@@ -242,13 +242,6 @@ def test_a_config_of_another_version_is_refused():
         from_dict({**to_dict(BASE), "version": 0})
 
 
-def test_a_missing_name_is_refused():
-    tree = to_dict(BASE)
-    del tree["name"]
-    with pytest.raises(ConfigError, match="config: missing field 'name'"):
-        from_dict(tree)
-
-
 @pytest.mark.parametrize("content", [None, "{", "[1]", '"text"', "\x00"])
 def test_a_run_without_a_readable_config_json_is_refused(tmp_path: Path, content: str | None):
     if content is not None:

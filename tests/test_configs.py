@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -28,6 +29,22 @@ def test_its_name_is_that_of_its_file_and_its_docstring_the_command(path: Path):
     assert load_config(path).name == path.stem
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     assert f"--config configs/{path.name}" in docstring or f"make {path.stem}" in docstring
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_name)
+def test_its_docstring_names_hardware_hours_and_expected_wer(path: Path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    facts = re.search(r"^Hardware: (.+?)\sHours: (.+?)\sExpected WER: (.+)", docstring, re.MULTILINE | re.DOTALL)
+    assert facts, "expected Hardware: ... Hours: ... Expected WER: ..."
+    hardware, hours, wer = facts.groups()
+    assert re.search(r"\bGPU\b|\bCPU cores\b", hardware)
+    assert re.search(r"\d (hours|minutes)|not yet run", hours)
+    assert re.search(r"\d %|not yet run|RESULTS\.md", wer)
+
+
+@pytest.mark.parametrize("name", ["an4", "librispeech_960", "librispeech_960_paper", "librispeech_960_streaming"])
+def test_the_long_runs_decode_in_at_least_two_processes(name: str):
+    assert load_config(ROOT / f"configs/{name}.py").data.workers >= 2
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_name)

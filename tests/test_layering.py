@@ -1,12 +1,16 @@
 """The floors of docs/architecture.md: imports go down, or along an arrow that is written here."""
 
 import ast
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "jaxds2"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxds2"
+PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
     ("config", "text", "audio", "files"),
@@ -111,6 +115,28 @@ def test_every_arrow_stays_on_its_floor_and_closes_no_cycle():
 
     for importer, imported in ARROWS:
         assert importer not in reach(imported), f"{importer} -> {imported} closes a cycle"
+
+
+def test_the_page_has_the_same_floors():
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", PAGE, re.MULTILINE)
+    floors = {int(number): sorted(cell.replace("`", "").split(", ")) for number, cell in rows}
+    assert len(rows) == len(floors)
+    scripts = ["train.py", "eval.py"]  # beside the package
+    assert all((ROOT / script).exists() for script in scripts)
+    expected = {number: sorted(rooms) for number, rooms in enumerate(FLOORS)}
+    expected[len(FLOORS) - 1] = sorted([*FLOORS[-1], *scripts])
+    assert floors == expected
+
+
+def test_the_page_has_the_same_arrows():
+    by_last_name: dict[str, list[str]] = {}
+    for module in modules(PACKAGE):
+        by_last_name.setdefault(module.rpartition(".")[2], []).append(module)
+    arrows = []
+    for chain in re.findall(r"`(\w+(?: -> \w+)+)`", PAGE):
+        for importer, imported in itertools.pairwise(chain.split(" -> ")):
+            arrows += itertools.product(by_last_name[importer], by_last_name[imported])
+    assert sorted(arrows) == sorted(ARROWS)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What the lock installed is what the project was built on; every extra resolves with a current jax."""
 
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,25 @@ def test_light_modules_import_no_heavy_ones(module):
     code = f"import sys, jaxds2.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def index_answers() -> bool:
+    """Whether uv is there and can look up a package."""
+    uv = shutil.which("uv")
+    if uv is None:
+        return False
+    probe = [uv, "pip", "compile", "--quiet", "--no-deps", "-"]
+    try:
+        return subprocess.run(probe, input="numpy\n", text=True, capture_output=True, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def test_every_extra_resolves_with_a_current_jax():
+    if not index_answers():
+        pytest.skip("requirements/check_extras.sh needs uv on PATH and a package index that answers")
+    done = subprocess.run(["sh", ROOT / "requirements/check_extras.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    extras = set(re.findall(r"^\[(\w+)\]", done.stdout, flags=re.MULTILINE))
+    with (ROOT / "pyproject.toml").open("rb") as f:
+        assert extras == set(tomllib.load(f)["project"]["optional-dependencies"])

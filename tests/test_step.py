@@ -93,12 +93,14 @@ def form_in(program) -> str:
     return "fused" if stacked[:passes] == [1] * passes else "sequential"
 
 
-@pytest.mark.parametrize("scan", ["associative", "fused", "auto"])
+@pytest.mark.parametrize("scan", ["sequential", "associative", "fused", "auto"])
+def test_each_form_of_the_scan_is_really_trained(scan):
+    assert form_in(trace(*setup(dataclasses.replace(MODEL, scan=scan)))) == choose(scan)
+
+
+@pytest.mark.parametrize("scan", ["associative", "fused"])  # auto is one of these, by the test above
 def test_five_steps_under_each_form_of_the_scan_are_equal(scan, sequential):
-    assert form_in(trace(*setup())) == "sequential"
-    form = setup(dataclasses.replace(MODEL, scan=scan))
-    assert form_in(trace(*form)) == choose(scan)
-    state, losses = run(*form)
+    state, losses = run(*setup(dataclasses.replace(MODEL, scan=scan)))
     np.testing.assert_allclose(losses, sequential[1], rtol=1e-4)
     for name, value in state.params.items():
         np.testing.assert_allclose(value, sequential[0].params[name], atol=2e-3, err_msg=name)
@@ -120,9 +122,9 @@ def test_bfloat16_follows_float32_within_5_percent_of_loss(sequential):
 
 
 def matmuls(program) -> Counter:
-    """How often a program multiplies or convolves what: (primitive, dtypes and shapes of the operands)."""
+    """How often a program multiplies or convolves what: (primitive, operands like `float32[4,72]`)."""
     return Counter(
-        (eqn.primitive.name, tuple((str(v.aval.dtype), v.aval.shape) for v in eqn.invars))
+        (eqn.primitive.name, tuple(str(v.aval).split("{")[0] for v in eqn.invars))  # without its sharding
         for eqn in equations(program)
         if eqn.primitive.name in ("dot_general", "conv_general_dilated")
     )
@@ -154,7 +156,7 @@ def test_in_bfloat16_every_matmul_of_the_model_and_no_other_takes_bfloat16(scan)
     in_bfloat16 = Counter()
     in_float32 = Counter()
     for (name, operands), count in found.items():
-        dtypes = {dtype for dtype, _ in operands}
+        dtypes = {operand.split("[")[0] for operand in operands}
         assert len(dtypes) == 1, (name, operands)
         if dtypes == {"bfloat16"}:
             in_bfloat16[name] += count
@@ -183,17 +185,23 @@ def test_in_bfloat16_every_loop_over_time_the_loss_and_the_state_are_float32(sca
         assert dtypes == {jnp.dtype("float32")}
 
 
+@functools.cache
+def compiled(devices: int):
+    """The mesh, the state before the first step, and the step compiled for so many devices."""
+    mesh = data_mesh(devices, rows_multiple=4)
+    state, step = setup(devices=devices)
+    state = replicate(state, mesh)
+    return mesh, state, step.lower(state, place(batch(), mesh)).compile()
+
+
 def test_two_devices_and_one_lose_the_same_over_fifty_steps():
     losses = {}
     for devices in (1, 2):
-        mesh = data_mesh(devices, rows_multiple=4)
-        state, step = setup(devices=devices)
-        state = replicate(state, mesh)
-        values = []
+        mesh, state, step = compiled(devices)
+        losses[devices] = []
         for s in range(50):
             state, metrics = step(state, place(batch(seed=s), mesh))
-            values.append(float(metrics.loss))
-        losses[devices] = values
+            losses[devices].append(float(metrics.loss))
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
 
 
@@ -214,12 +222,7 @@ def test_two_devices_and_one_draw_the_same():
 
 
 def test_the_compiled_step_reduces_gradients_over_devices():
-    programs = {}
-    for devices in (1, 2):
-        mesh = data_mesh(devices, rows_multiple=4)
-        state, step = setup(devices=devices)
-        compiled = step.lower(replicate(state, mesh), place(batch(), mesh)).compile()
-        programs[devices] = str(compiled.as_text())
+    programs = {devices: str(compiled(devices)[2].as_text()) for devices in (1, 2)}
     assert "all-reduce" in programs[2]
     assert "all-gather" not in programs[2]  # each device works on its own rows, the FFT included
     assert "all-reduce" not in programs[1]
