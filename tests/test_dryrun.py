@@ -119,7 +119,7 @@ def test_every_shipped_config_with_a_histogram_dry_runs_without_data(
     report = found.render()
     assert str(histogram) in report.split()
     assert "estimate" in report
-    assert 0 < found.padding_share < 0.2
+    assert 0 < found.padding_share < 0.25  # the demo makes do with three shapes, which compile sooner
     rows = {b.rows % config.data.rows_multiple for b in found.buckets}
     assert rows == {0}
 
