@@ -17,7 +17,7 @@ from jaxds2.text import Vocabulary
 from jaxds2.training.loop import FINISHED, train
 
 ALPHA, BETA = 0.5, 1.0
-"""Weight of the language model and bonus per word, chosen on the dev voices."""
+"""Weight of the language model and bonus per word; the customary values, not tuned."""
 EXAMPLES = 8
 
 

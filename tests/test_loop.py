@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,18 @@ def test_a_manifest_with_a_bad_file_is_not_scored_on_the_rest(tones, learnt, tmp
     recognizer = Recognizer.load(learnt)
     with pytest.raises(EvaluationError, match=r"1 of 6 .*gone\.wav"):
         evaluate(recognizer, dev, lambda log_probs_UV: "", progress=False)
+
+
+def test_the_dev_loss_leaves_out_by_name_what_cannot_fit(tones, learnt):
+    dev = read_manifest(tones / "dev.jsonl")
+    recognizer = Recognizer.load(learnt)
+    decode = partial(greedy_decode, vocabulary=recognizer.vocabulary)
+    clean = evaluate(recognizer, dev[1:], decode, with_loss=True, progress=False)
+    dev[0] = dataclasses.replace(dev[0], text="ab" * 500)
+    scores = evaluate(recognizer, dev, decode, with_loss=True, progress=False)
+    assert scores.infeasible == [dev[0].id]
+    assert clean.infeasible == []
+    assert scores.loss == pytest.approx(clean.loss, rel=1e-3)
 
 
 def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):

@@ -34,6 +34,8 @@ class Scores:
     characters: EditCounts
     loss: float | None
     """Nats per label over the utterances whose label fits; None where the labels were not needed."""
+    infeasible: list[str]
+    """Ids that the loss leaves out, since their label does not fit their frames."""
     audio_seconds: float
     wall_seconds: float
     example: np.ndarray
@@ -75,6 +77,7 @@ def evaluate(
         recognizer.warm_up(plan)
     hyps: dict[int, str] = {}
     failed: list[str] = []
+    infeasible: list[str] = []
     nats, labels = 0.0, 0
     example = np.zeros((0, recognizer.vocabulary.size), np.float32)
     start = time.perf_counter()
@@ -88,7 +91,9 @@ def evaluate(
                     continue
                 log_probs_UV = np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
                 hyps[index] = decode(log_probs_UV)
-                if output.loss_B[row] > 0:
+                if with_loss and not output.feasible_B[row]:
+                    infeasible.append(utterances[index].id)
+                elif with_loss:
                     nats += float(output.loss_B[row])
                     labels += len(recognizer.vocabulary.normalize(utterances[index].text))
                 if index == 0:
@@ -109,6 +114,7 @@ def evaluate(
         words=count_word_edits(refs, texts),
         characters=count_character_edits(refs, texts),
         loss=nats / max(labels, 1) if with_loss else None,
+        infeasible=infeasible,
         audio_seconds=sum(u.duration for u in utterances),
         wall_seconds=wall_seconds,
         example=example,

@@ -1,8 +1,8 @@
 """The recurrence of minGRU, in forms that run in parallel, step by step, or in one fused pass; the maths only.
 
-Arrays are time-major, (T, B, D): each step of a sequential form then reads and writes one contiguous slab, which is
-several times as fast on a CPU as a batch-major scan (docs/adr/0001-time-major.md). All forms work in float32 inside
-whatever the dtype of their inputs, and all give the same values and gradients (tests/test_scan.py).
+Arrays are time-major, (T, B, D): each step of a sequential form then reads and writes one contiguous slab
+(docs/adr/0001-time-major.md). All forms work in float32 inside whatever the dtype of their inputs, and all give the
+same values and gradients (tests/test_scan.py).
 
 - `associative`: `jax.lax.associative_scan`, O(log T) deep: the form of the minGRU paper's parallel training, and the
   default on accelerators.

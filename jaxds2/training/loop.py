@@ -388,5 +388,8 @@ class StepReport:
         values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
         self.monitor.scalars(step, values)
         self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
+        if scores.infeasible:
+            names = " ".join(scores.infeasible)
+            self.monitor.message(f"step {step}: left out of the dev loss, label longer than its frames: {names}")
         self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
         self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))

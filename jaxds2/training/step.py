@@ -151,7 +151,9 @@ class EvalOutput:
     log_probs_BUV: jax.Array
     logit_lengths_B: jax.Array
     loss_B: jax.Array
-    """Nats of each utterance; 0 where the label does not fit or there is none."""
+    """Nats of each utterance; 0 where there is no label that fits."""
+    feasible_B: jax.Array
+    """Whether the label fits its frames, bool."""
 
 
 def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Callable[[Params, Batch], EvalOutput]:
@@ -162,8 +164,8 @@ def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Call
         features_BTF, feature_lengths_B = log_mel_of_mesh(batch.audio_BS, batch.audio_lengths_B)
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
         loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
-        log_probs_BUV = jax.nn.log_softmax(logits_BUV, axis=-1)
-        return EvalOutput(log_probs_BUV, logit_lengths_B, jnp.where(batch.label_lengths_B > 0, loss_B, 0.0))
+        feasible_B = feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
+        return EvalOutput(jax.nn.log_softmax(logits_BUV, axis=-1), logit_lengths_B, loss_B, feasible_B)
 
     return eval_step
 
