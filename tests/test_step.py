@@ -71,9 +71,10 @@ def trace(state, step):
 
 def carries(eqn):
     """The avals that one pass of a loop hands to the next."""
-    if eqn.primitive.name == "scan":
-        return eqn.params["jaxpr"].out_avals[: eqn.params["num_carry"]]
-    return eqn.params["body_jaxpr"].out_avals
+    body = eqn.params["jaxpr" if eqn.primitive.name == "scan" else "body_jaxpr"]
+    inside = [v.aval for v in getattr(body, "jaxpr", body).outvars]
+    # What a scan stacks has one more dimension outside; its parameters are named differently from jax to jax.
+    return [aval for aval, v in zip(inside, eqn.outvars, strict=True) if aval.shape == v.aval.shape]
 
 
 def form_in(program) -> str:
