@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxds2.config import ConfigError, load_config
+from jaxds2.config import ConfigError, load_config, read_config
 
 if TYPE_CHECKING:
     from jaxds2.decoding.beam import BeamDecoder
@@ -297,6 +297,7 @@ def add_digest(parser: argparse.ArgumentParser) -> None:
 def _digest(arguments: argparse.Namespace) -> int:
     from jaxds2.training.checkpoint import Checkpoints, digest
 
+    read_config(arguments.run / "config.json")  # is it a run?
     with Checkpoints(arguments.run / "checkpoints") as checkpoints:
         step = checkpoints.resolve("last")
         print(digest(*checkpoints.restore_weights(step)), step)

@@ -104,6 +104,7 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["--config", tmp_path / "gone.py"], 2, "gone.py", entry=cli.train)
     fails(capfd, ["--config", config, "--run", run, "training.seed=7"], 2, "training.seed: 0 -> 7", entry=cli.train)
     fails(capfd, ["--run", tmp_path, "--manifest", tones / "dev.jsonl"], 2, "is", "a run", entry=cli.evaluate)
+    fails(capfd, ["digest", "--run", tmp_path], 2, "is", "a run")
     arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
     fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
@@ -123,7 +124,6 @@ def test_failure_is_one(run, tones, tmp_path, capfd):
     fails(capfd, [*arguments, bad], 1, "bad.jsonl:1", "text", entry=cli.evaluate)
     beam = [tones / "dev.jsonl", "--decoder", "beam", "--lm", tmp_path / "gone.arpa"]
     fails(capfd, [*arguments, *beam], 1, "gone.arpa", entry=cli.evaluate)
-    fails(capfd, ["digest", "--run", tmp_path], 1, "no checkpoint")
     fails(capfd, ["lm", "build", tmp_path / "gone.txt", "--out", tmp_path / "lm"], 1, "gone.txt")
     fails(capfd, ["prepare", "an4", "--source", tmp_path, "--out", tmp_path / "out"], 1, str(tmp_path))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -69,6 +70,7 @@ class StopSignal:
             signal.signal(number, self._previous[number])
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
+        print(f"\n{self.received}: stopping after this step, then saving; once more to stop at once", file=sys.stderr)
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
@@ -194,6 +196,9 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
         if first_step:
             monitor.message(f"resumed at step {first_step}")
+        monitor.message(
+            "the first step of each batch shape compiles for some seconds; the time left is wrong until then"
+        )
 
         def save(step: int, wer: float | None) -> None:
             meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
