@@ -9,7 +9,7 @@ Trains on all 948 training utterances for a fixed number of steps; the recipe is
         data.train=data/an4/train.jsonl data.dev=data/an4/dev.jsonl
 
 Hardware: 2 CPU cores.
-Hours: about 20 minutes.
+Hours: 35 minutes beside other work; on a quiet machine less, see RESULTS.md.
 Expected WER: the recipe is still being chosen; RESULTS.md has the figure on the dev speakers.
 """
 
