@@ -15,6 +15,7 @@ setup: $(STAMP) ## make .venv and install the pinned packages (CPU)
 $(STAMP): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "jaxds2 needs Python 3.11, 3.12 or 3.13, this is " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 " + "setup")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV), half a minute to a few minutes"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)

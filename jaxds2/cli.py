@@ -4,7 +4,9 @@ Heavy modules are imported by the command that needs them, so that `--help` and 
 """
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,10 +77,20 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     """Options and section.field=value overrides in any order; argparse alone wants the overrides in one piece."""
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(arguments, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options = re.findall(r"--[\w-]+", arguments.usage)
+        near = [n for a in unknown for n in difflib.get_close_matches(a.partition("=")[0], options, n=1)]
+        hint = f"; did you mean {' '.join(near)}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
+
+
+def _must_exist(*paths: Path | None) -> None:
+    """A path on the command line that leads nowhere is wrong use."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise ConfigError(f"{path} does not exist")
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +102,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="LibriSpeech: only these, e.g. train-clean-100")
     parser.add_argument("--seed", type=int, default=0, help="demo: seed of the corpus")
     parser.add_argument("--workers", type=int, help="demo: processes (default: one per core)")
-    parser.set_defaults(call=_prepare)
+    parser.set_defaults(call=_prepare, usage=parser.format_usage())
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from jaxds2.data import corpora
+    from jaxds2.data.manifest import read_manifest
 
+    _must_exist(None if arguments.download else arguments.source)
     corpus, out = arguments.corpus, arguments.out or Path("data") / arguments.corpus.replace("-", "_")
     if arguments.splits and corpus != "librispeech":
         raise ConfigError("--splits is for `prepare librispeech`")
@@ -122,7 +136,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
         else:
             manifests = corpora.prepare_ljspeech(source, out)
     for manifest in manifests:
-        print(manifest)
+        utterances = read_manifest(manifest)
+        hours = sum(u.duration for u in utterances) / 3600
+        print(f"wrote {manifest}: {len(utterances):,} utterances, {hours:.2f} h")
     return 0
 
 
@@ -131,7 +147,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
     parser.add_argument("--config", type=Path, help="alphabet and subsampling to check against (default: the defaults)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
-    parser.set_defaults(call=_check)
+    parser.set_defaults(call=_check, usage=parser.format_usage())
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -143,6 +159,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from jaxds2.inference.recognizer import output_frames
     from jaxds2.text import Vocabulary
 
+    _must_exist(*arguments.manifests)
     config = load_config(arguments.config) if arguments.config else Config("check", training=TrainingConfig(steps=1))
     result = audit(
         arguments.manifests,
@@ -163,7 +180,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
     parser.add_argument("--dry-run", action="store_true", help="parameters, shapes, FLOPs and memory; no training")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.set_defaults(call=_train)
+    parser.set_defaults(call=_train, usage=parser.format_usage())
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -176,8 +193,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(dry_run(config).render())
         return 0
+    from jaxds2.allocator import keep_pages
     from jaxds2.training.loop import train as train_run
 
+    keep_pages()
     return train_run(config, arguments.run or Path("runs") / config.name)
 
 
@@ -209,6 +228,7 @@ def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None
     from jaxds2.decoding.beam import BeamDecoder
     from jaxds2.text import Vocabulary
 
+    _must_exist(arguments.lm)
     return BeamDecoder(
         Vocabulary(characters),
         lm=arguments.lm,
@@ -221,22 +241,30 @@ def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 eval`."""
     add_decoder(parser)
-    parser.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="default: the test manifests of the run's config")
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
-    parser.set_defaults(call=_eval)
+    parser.set_defaults(call=_eval, usage=parser.format_usage())
 
 
 def _eval(arguments: argparse.Namespace) -> int:
     from jaxds2.evaluation.report import score_run
     from jaxds2.inference.recognizer import Recognizer
 
+    config = read_config(arguments.run / "config.json")
+    manifests = [arguments.manifest] if arguments.manifest else [Path(m) for m in config.data.test]
+    if not manifests:
+        raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
+    if arguments.name and len(manifests) > 1:
+        raise ConfigError(f"--name is for one manifest, the config of {arguments.run} names {len(manifests)}")
+    for manifest in manifests:
+        _must_exist(manifest)
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
     beam = _beam(arguments, recognizer.vocabulary.characters)
     kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
-    manifest = arguments.manifest.absolute()
-    name = arguments.name or f"{manifest.parent.name}-{manifest.stem}-{kind}"
-    folder = arguments.run / "eval" / name
-    score_run(recognizer, arguments.manifest, beam, folder=folder, checkpoint=arguments.checkpoint)
+    for manifest in manifests:
+        whole = manifest.absolute()
+        name = arguments.name or f"{whole.parent.name}-{whole.stem}-{kind}"
+        score_run(recognizer, manifest, beam, folder=arguments.run / "eval" / name, checkpoint=arguments.checkpoint)
     return 0
 
 
@@ -250,7 +278,7 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--order", type=int, default=3, help="longest n-gram (default: 3)")
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write")
     build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
-    build.set_defaults(call=_lm_build)
+    build.set_defaults(call=_lm_build, usage=build.format_usage())
 
 
 def _lm_build(arguments: argparse.Namespace) -> int:
@@ -258,9 +286,11 @@ def _lm_build(arguments: argparse.Namespace) -> int:
     from jaxds2.decoding.lm import build_ngram, read_sentences
     from jaxds2.text import Vocabulary
 
+    _must_exist(*arguments.text)
     vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
     sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
-    print(build_ngram(sentences, arguments.out, order=arguments.order))
+    lm = build_ngram(sentences, arguments.out, order=arguments.order)
+    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences")
     return 0
 
 
@@ -268,7 +298,7 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 transcribe`."""
     add_decoder(parser)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.set_defaults(call=_transcribe)
+    parser.set_defaults(call=_transcribe, usage=parser.format_usage())
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
@@ -291,7 +321,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 def add_digest(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 digest`."""
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.set_defaults(call=_digest)
+    parser.set_defaults(call=_digest, usage=parser.format_usage())
 
 
 def _digest(arguments: argparse.Namespace) -> int:
@@ -309,11 +339,13 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.py"), metavar="FILE")
     parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.set_defaults(call=_demo)
+    parser.set_defaults(call=_demo, usage=parser.format_usage())
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from jaxds2.allocator import keep_pages
     from jaxds2.demo import demo
 
+    keep_pages()
     config = load_config(arguments.config, arguments.overrides)
     return demo(config, arguments.run or Path("runs") / config.name)

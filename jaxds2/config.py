@@ -368,10 +368,16 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
 def _check_name(cls: type, name: str, section: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(names)}"
-        full = f"{section}.{name}" if section else name
-        raise ConfigError(f"unknown config field {full!r}; {hint}")
+        prefix = f"{section}." if section else ""
+        near = [prefix + n for n in difflib.get_close_matches(name, names, n=1)] or _elsewhere(name)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"fields: {', '.join(names)}"
+        raise ConfigError(f"unknown config field {prefix + name!r}; {hint}")
+
+
+def _elsewhere(name: str) -> list[str]:
+    """Where in any section a field of this name stands, in full."""
+    sections = {k: hint for k, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    return [f"{k}.{name}" for k, cls in sections.items() if any(f.name == name for f in dataclasses.fields(cls))]
 
 
 def _parse(text: str, hint: Any) -> Any:

@@ -1,18 +1,23 @@
 """What users type: exit codes, one clear line for bad input and never a traceback, and the whole way once."""
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import soxr
 
 from jaxds2 import cli
-from jaxds2.data.manifest import read_manifest
+from jaxds2.data.manifest import read_manifest, write_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +76,46 @@ def test_from_training_to_a_word_error_rate(run, tones, capfd):
     assert report["rtfx"] > 0
 
 
+def test_without_a_manifest_the_test_manifests_of_the_config_are_scored(run, tones, tmp_path, capfd):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["test"] = [str(tones / "dev.jsonl"), str(tones / "train.jsonl")]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert cli.evaluate(["--run", str(copy)]) == 0
+    assert capfd.readouterr().out.count("%WER") == 2
+    assert {p.name for p in (copy / "eval").iterdir()} == {f"{tones.name}-{m}-greedy" for m in ("dev", "train")}
+    fails(capfd, ["--run", copy, "--name", "x"], 2, "--name is for one manifest", entry=cli.evaluate)
+
+
+def test_odd_recordings_are_scored_and_damaged_ones_named(run, tones, tmp_path, capfd):
+    spoken = read_manifest(tones / "dev.jsonl")[0]
+    samples_S, rate = soundfile.read(spoken.audio_filepath)
+
+    def score(samples_S, rate, subtype="PCM_16", *, cut: int | None = None):
+        path, manifest = tmp_path / "clip.wav", tmp_path / "clip.jsonl"
+        soundfile.write(path, samples_S, rate, subtype=subtype)
+        if cut is not None:
+            path.write_bytes(path.read_bytes()[:cut])
+        write_manifest(manifest, [dataclasses.replace(spoken, audio_filepath=path)])
+        return ["--run", str(run), "--manifest", str(manifest)]
+
+    slow_S = soxr.resample(samples_S, rate, 8000)
+    for arguments in (
+        score(samples_S, rate, "PCM_24"),
+        score(slow_S, 8000),
+        score(np.stack([samples_S, samples_S], 1), rate),
+    ):
+        assert cli.evaluate(arguments) == 0
+        assert "%WER 0.00" in capfd.readouterr().out
+    assert cli.evaluate(score(np.zeros_like(samples_S), rate)) == 0  # silence: its words are missing, not the utterance
+    words = len(spoken.text.split())
+    assert f"[{words} / {words}, 0 ins, {words} del, 0 sub]" in capfd.readouterr().out
+    fails(capfd, score(samples_S, rate, cut=2000), 1, "1 of 1", "clip.wav", entry=cli.evaluate)
+    fails(capfd, score(samples_S[:0], rate), 1, "1 of 1", "clip.wav", entry=cli.evaluate)
+    fails(capfd, score(np.full_like(samples_S, np.nan), rate, "FLOAT"), 1, "1 of 1", "clip.wav", entry=cli.evaluate)
+
+
 def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd):
     lm = tmp_path / "lm.arpa"
     assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
@@ -108,6 +153,13 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
     fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--lm", tmp_path / "gone.arpa", "--decoder", "beam"], 2, "gone.arpa", entry=cli.evaluate)
+    fails(capfd, ["--run", run, "--manifest", tmp_path / "gone.jsonl"], 2, "gone.jsonl", entry=cli.evaluate)
+    fails(capfd, ["--run", run], 2, "names no test manifest", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--decodr=beam"], 2, "did you mean --decoder?", entry=cli.evaluate)
+    fails(capfd, ["check", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
+    fails(capfd, ["lm", "build", tmp_path / "gone.txt", "--out", tmp_path / "lm"], 2, "gone.txt")
+    fails(capfd, ["prepare", "an4", "--source", tmp_path / "gone"], 2, "gone")
     fails(capfd, ["prepare", "an4"], 2, "--source")
     fails(capfd, ["prepare", "nothing"], 2, "an4")
     fails(capfd, ["prepare", "an4", "--splits", "train-clean-100", "--source", tmp_path], 2, "librispeech")
@@ -115,16 +167,12 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
 
 def test_failure_is_one(run, tones, tmp_path, capfd):
     arguments = ["--run", run, "--manifest"]
-    fails(capfd, [*arguments, tmp_path / "gone.jsonl"], 1, "gone.jsonl", entry=cli.evaluate)
     fails(capfd, [*arguments, tones / "dev.jsonl", "--checkpoint", "3"], 1, "3", "150", entry=cli.evaluate)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"audio_filepath": "gone.wav", "duration": 1.0, "text": "a"}\n')
     fails(capfd, [*arguments, bad], 1, "1 of 1", "gone.wav", entry=cli.evaluate)
     bad.write_text('{"audio_filepath": "gone.wav", "duration": 1.0}\n')
     fails(capfd, [*arguments, bad], 1, "bad.jsonl:1", "text", entry=cli.evaluate)
-    beam = [tones / "dev.jsonl", "--decoder", "beam", "--lm", tmp_path / "gone.arpa"]
-    fails(capfd, [*arguments, *beam], 1, "gone.arpa", entry=cli.evaluate)
-    fails(capfd, ["lm", "build", tmp_path / "gone.txt", "--out", tmp_path / "lm"], 1, "gone.txt")
     fails(capfd, ["prepare", "an4", "--source", tmp_path, "--out", tmp_path / "out"], 1, str(tmp_path))
 
 

@@ -46,8 +46,13 @@ def write_config(folder: Path, body: str) -> Path:
     ("key", "said"),
     [
         ("trainig.steps", "unknown config field 'trainig'; did you mean 'training'?"),
-        ("training.step", "unknown config field 'training.step'; did you mean 'steps'?"),
-        ("model.bidirectionnal", "unknown config field 'model.bidirectionnal'; did you mean 'bidirectional'?"),
+        ("training.step", "unknown config field 'training.step'; did you mean 'training.steps'?"),
+        (
+            "training.learning_rate",
+            "unknown config field 'training.learning_rate'; did you mean 'optimizer.learning_rate'?",
+        ),
+        ("epochs", "unknown config field 'epochs'; did you mean 'training.epochs'?"),
+        ("model.bidirectionnal", "unknown config field 'model.bidirectionnal'; did you mean 'model.bidirectional'?"),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_name(key: str, said: str):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxds2"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
-    ("config", "text", "audio", "files"),
+    ("config", "text", "audio", "files", "allocator"),
     (
         "features",
         "augment",

@@ -67,6 +67,17 @@ def test_an_id_twice_names_both_lines(tmp_path: Path):
     assert refusal(path) == f"{path}:2: id 'a' was already used in line 1"
 
 
+def test_all_bad_lines_are_named_at_once(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    good = '{"audio_filepath": "a.wav", "duration": 1, "text": "a"}\n'
+    path.write_text(good + "{\n" + good + "7\n" * 6)
+    message = refusal(path)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: 8 bad lines: 2: not JSON")
+    assert "| 3: id 'a' was already used in line 1 | 4: expected an object" in message
+    assert message.endswith("| and 3 more")
+
+
 def test_a_manifest_without_utterances_is_refused(tmp_path: Path):
     assert "holds no utterances" in refusal(write_lines(tmp_path / "m.jsonl", "", "  "))
 

@@ -20,6 +20,10 @@ DURATION_TOLERANCE = 0.1
 be an estimate; less than this is no lost word. Of a longer file the declared part is used."""
 
 
+_LINES_NAMED = 5
+"""Bad lines that one error describes; the rest are counted."""
+
+
 class ManifestError(ValueError):
     """A manifest that cannot be used; its message names the file and the line."""
 
@@ -40,8 +44,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read and validate a manifest. The audio files themselves are not opened.
 
     Raises:
-      ManifestError: no such file, an empty file, a line that is not JSON, a missing key, a wrong type, a
-        duration that no audio file may have, an id twice.
+      ManifestError: no such file, an empty file, or bad lines, all of them in one message: not JSON, a missing key, a
+        wrong type, a duration that no audio file may have, an id twice.
     """
     path = Path(path)
     try:
@@ -52,42 +56,52 @@ def read_manifest(path: str | Path) -> list[Utterance]:
         raise ManifestError(f"{path}: cannot be read ({e})") from None
     utterances: list[Utterance] = []
     seen: dict[str, int] = {}
+    faults: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            utterance = _parse_line(line, path, number)
+            utterance = _parse_line(line, path)
         except RecursionError:
-            raise ManifestError(f"{path}:{number}: brackets nested too deeply") from None
+            faults.append(f"{number}: brackets nested too deeply")
+            continue
+        except ManifestError as e:
+            faults.append(f"{number}: {e}")
+            continue
         if utterance.id in seen:
-            raise ManifestError(f"{path}:{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
-        seen[utterance.id] = number
+            faults.append(f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
+        seen.setdefault(utterance.id, number)
         utterances.append(utterance)
+    if len(faults) == 1:
+        raise ManifestError(f"{path}:{faults[0]}")
+    if faults:
+        more = f" | and {len(faults) - _LINES_NAMED} more" if len(faults) > _LINES_NAMED else ""
+        raise ManifestError(f"{path}: {len(faults)} bad lines: {' | '.join(faults[:_LINES_NAMED])}{more}")
     if not utterances:
         raise ManifestError(f"{path}: holds no utterances")
     return utterances
 
 
-def _parse_line(line: str, path: Path, number: int) -> Utterance:
-    where = f"{path}:{number}"
+def _parse_line(line: str, path: Path) -> Utterance:
+    """Raises ManifestError, its message without the place."""
     try:
         record: Any = json.loads(line)
     except ValueError as e:
-        raise ManifestError(f"{where}: not JSON ({e})") from None
+        raise ManifestError(f"not JSON ({e})") from None
     if not isinstance(record, dict):
-        raise ManifestError(f"{where}: expected an object with audio_filepath, duration and text")
+        raise ManifestError("expected an object with audio_filepath, duration and text")
     for key, kind in (("audio_filepath", str), ("duration", (int, float)), ("text", str)):
         if key not in record:
-            raise ManifestError(f"{where}: missing key {key!r}")
+            raise ManifestError(f"missing key {key!r}; a line holds audio_filepath, duration (seconds) and text")
         if not isinstance(record[key], kind) or isinstance(record[key], bool):
             expected = "a number" if key == "duration" else "a string"
-            raise ManifestError(f"{where}: {key} is {record[key]!r}, expected {expected}")
+            raise ManifestError(f"{key} is {record[key]!r}, expected {expected}")
     if not 0 <= record["duration"] <= MAX_DURATION:  # nor NaN
         given = str(record["duration"])
         shown = given if len(given) <= 20 else given[:20] + "..."
-        raise ManifestError(f"{where}: duration is {shown}, expected seconds, 0 to {MAX_DURATION:.0f}")
+        raise ManifestError(f"duration is {shown}, expected seconds, 0 to {MAX_DURATION:.0f}")
     if not record["audio_filepath"]:
-        raise ManifestError(f"{where}: audio_filepath is empty")
+        raise ManifestError("audio_filepath is empty")
     audio = Path(record["audio_filepath"])
     speaker = record.get("speaker")
     return Utterance(

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxds2.audio import AudioError, change_speed, read_audio
 from jaxds2.data.manifest import DURATION_TOLERANCE, Utterance
-from jaxds2.data.plan import BatchPlan
+from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.text import Vocabulary
 
 Array = Any
@@ -47,6 +47,18 @@ class Batch:
     """int32 position in the list of utterances: the row's identity for augmentation keys and reports; -1 for filler."""
     epoch: Array
     """int32 scalar."""
+
+
+def filler_batch(bucket: Bucket, epoch: int = 0) -> Batch:
+    """A batch of a bucket's shape in which every row is filler."""
+    return Batch(
+        audio_BS=np.zeros((bucket.rows, bucket.num_samples), np.int16),
+        audio_lengths_B=np.zeros(bucket.rows, np.int32),
+        labels_BN=np.zeros((bucket.rows, bucket.num_labels), np.int32),
+        label_lengths_B=np.zeros(bucket.rows, np.int32),
+        index_B=np.full(bucket.rows, -1, np.int32),
+        epoch=np.array(epoch, np.int32),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,15 +195,7 @@ class _Steps:
 
     def _load(self, step: int) -> tuple[int, Batch, tuple[str, ...]]:
         plan = self._plan.step(step)
-        rows, bucket = plan.bucket.rows, plan.bucket
-        batch = Batch(
-            audio_BS=np.zeros((rows, bucket.num_samples), np.int16),
-            audio_lengths_B=np.zeros(rows, np.int32),
-            labels_BN=np.zeros((rows, bucket.num_labels), np.int32),
-            label_lengths_B=np.zeros(rows, np.int32),
-            index_B=np.full(rows, -1, np.int32),
-            epoch=np.array(plan.epoch, np.int32),
-        )
+        batch = filler_batch(plan.bucket, plan.epoch)
         failures = []
         for row, (index, speed) in enumerate(zip(plan.indices_B.tolist(), plan.speeds_B.tolist(), strict=True)):
             if index < 0:

@@ -81,7 +81,9 @@ def evaluate(
     nats, labels = 0.0, 0
     example = np.zeros((0, recognizer.vocabulary.size), np.float32)
     start = time.perf_counter()
-    with tqdm(total=len(utterances), desc="evaluate", unit="utt", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(utterances), desc="evaluate", unit="utt", disable=None if progress else True, leave=False
+    ) as bar:
         for index_B, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
             if should_stop():
                 raise Interrupted

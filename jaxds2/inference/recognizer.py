@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxds2.config import Config, read_config
 from jaxds2.data.manifest import Utterance, manifest_digest
-from jaxds2.data.pipeline import Batch, load_batches
+from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
@@ -91,16 +91,7 @@ class Recognizer:
     def warm_up(self, plan: BatchPlan) -> None:
         """Compile for every batch shape of a plan."""
         for bucket in plan.buckets:
-            none_B = np.zeros(bucket.rows, np.int32)
-            batch = Batch(
-                audio_BS=np.zeros((bucket.rows, bucket.num_samples), np.int16),
-                audio_lengths_B=none_B,
-                labels_BN=np.zeros((bucket.rows, bucket.num_labels), np.int32),
-                label_lengths_B=none_B,
-                index_B=none_B - 1,
-                epoch=np.int32(0),
-            )
-            jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
+            jax.block_until_ready(self.eval_step(self.params, place(filler_batch(bucket), self.mesh)))
 
     def run(
         self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool

@@ -1,10 +1,11 @@
 """train(): from a config to a trained run, resumable at any step."""
 
 import dataclasses
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -12,14 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 import jaxds2
 from jaxds2.audio import probe_audio
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
-from jaxds2.data.pipeline import LoadedBatch, PipelineError, load_batches
+from jaxds2.data.pipeline import LoadedBatch, PipelineError, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
-from jaxds2.data.plan import BatchPlan, select_utterances
+from jaxds2.data.plan import BatchPlan, Bucket, select_utterances
 from jaxds2.decoding.greedy import greedy_decode
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, Scores, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype, output_frames
@@ -28,10 +31,13 @@ from jaxds2.text import TextError, Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxds2.training.step import StepMetrics, TrainState, make_eval_step, make_train_step, to_tree
+from jaxds2.training.step import StepMetrics, TrainState, TrainStep, make_eval_step, make_train_step, to_tree
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
+
+LOOK_AHEAD = 1000
+"""Batch shapes that occur in this many coming steps are compiled before the first."""
 
 MAY_CHANGE = {
     "data.workers",
@@ -172,7 +178,8 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     train_step = make_train_step(
         apply, optimizer, config.features, config.augment, mesh=mesh, seed=seed, ema_decay=ema_decay
     )
-    train_step = jax.jit(train_step, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None))
     eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
 
     renewed: list[str] = []
@@ -196,12 +203,10 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
         if first_step:
             monitor.message(f"resumed at step {first_step}")
-        monitor.message(
-            "the first step of each batch shape compiles for some seconds; the time left is wrong until then"
-        )
 
         def save(step: int, wer: float | None) -> None:
             meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
+            meta |= {"infeasible": report.infeasible, "unreadable": report.unreadable}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
 
@@ -215,6 +220,9 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             return scores.words.rate
 
         report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
+        if first_step:
+            meta = checkpoints.read_meta(first_step)
+            report.infeasible, report.unreadable = meta.get("infeasible", 0), meta.get("unreadable", 0)
         eval_every = config.training.eval_every
         step = first_step
         try:
@@ -229,8 +237,14 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                 stop_step=total_steps,
                 workers=config.data.workers,
             ) as batches:
+                compiled = compile_ahead(
+                    train_step, state, mesh, shapes_ahead(plan, first_step, total_steps), monitor, stop
+                )
                 for loaded in batches:
-                    state, metrics = train_step(state, place(loaded.batch, mesh))
+                    if stop():
+                        break
+                    take_step = compiled.get(loaded.batch.audio_BS.shape, train_step)
+                    state, metrics = take_step(state, place(loaded.batch, mesh))
                     step += 1
                     # The metrics of the step before are read while this one runs.
                     report.flush()
@@ -241,24 +255,58 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                     if evaluating or is_due(step, every, plan, total_steps, epochs=not dev):
                         report.flush()  # the lines of a saved step are not written again on resume
                         save(step, score_dev(step) if evaluating else None)
-                    if stop():
-                        break
             report.flush()
+            finished = step == total_steps
         except Interrupted:
-            pass  # it is made up for on resume
+            finished = False  # the evaluation is made up for on resume
         except (TrainingError, PipelineError, EvaluationError):
             if checkpoints.last() != step:
                 save(step, None)
             raise
-        if stop():
+        if not finished:
             if checkpoints.last() != step:
                 save(step, None)
             checkpoints.wait()
             monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
             return STOPPED
         checkpoints.wait()
-        monitor.message(f"trained {total_steps} steps: {run_dir}; watch: tensorboard --logdir {run_dir.parent}")
+        board = f"{shlex.quote(sys.executable)} -m tensorboard.main"
+        monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board} --logdir {run_dir.parent}")
         return FINISHED
+
+
+def shapes_ahead(plan: BatchPlan, first_step: int, stop_step: int) -> list[Bucket]:
+    """The batch shapes that the coming steps have, in the order in which they are needed."""
+    coming = range(first_step, min(stop_step, first_step + LOOK_AHEAD))
+    return list(dict.fromkeys(plan.step(step).bucket for step in coming))
+
+
+def compile_ahead(
+    train_step: Wrapped,
+    state: TrainState,
+    mesh: Mesh,
+    buckets: Sequence[Bucket],
+    monitor: Monitor,
+    should_stop: Callable[[], bool],
+) -> dict[tuple[int, ...], TrainStep]:
+    """The training step compiled for each batch shape, by the shape of its audio_BS."""
+    compiled: dict[tuple[int, ...], TrainStep] = {}
+    temporaries = [0]
+    start = time.perf_counter()
+    for done, bucket in enumerate(buckets):
+        if should_stop():
+            break
+        monitor.preparing("compiling batch shape", done, len(buckets))
+        executable = train_step.lower(state, place(filler_batch(bucket), mesh)).compile()
+        compiled[bucket.rows, bucket.num_samples] = executable
+        if (memory := executable.memory_analysis()) is not None:
+            temporaries.append(memory.temp_size_in_bytes)
+    monitor.preparing("", len(buckets), len(buckets))
+    monitor.message(
+        f"compiled {len(compiled)} batch shapes in {time.perf_counter() - start:.0f} s; a step needs up to "
+        f"{max(temporaries) / 2**20:.0f} MiB a device beside weights and optimizer"
+    )
+    return compiled
 
 
 def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, epochs: bool = True) -> bool:

@@ -143,6 +143,12 @@ class Monitor:
         self._bar.update(step - self._step)
         self._step = step
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show beside the bar how far something is that comes before the steps; its time is not counted as theirs."""
+        left = f"{what} {done + 1} of {total}" if done < total else ""
+        self._bar.set_postfix_str(left, refresh=True)
+        self._bar.unpause()
+
     def message(self, text: str) -> None:
         """Print text to standard output without breaking the bar, and append it to `train.log` with the time."""
         with tqdm.external_write_mode(file=sys.stdout):
