@@ -107,7 +107,6 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from jaxds2.data import corpora
-    from jaxds2.data.manifest import read_manifest
 
     _must_exist(None if arguments.download else arguments.source)
     corpus, out = arguments.corpus, arguments.out or Path("data") / arguments.corpus.replace("-", "_")
@@ -118,7 +117,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             raise ConfigError("`prepare demo` speaks its own corpus; leave out --source and --download")
         from jaxds2.data.spoken import prepare_demo
 
-        manifests = prepare_demo(out, seed=arguments.seed, workers=arguments.workers)
+        prepare_demo(out, seed=arguments.seed, workers=arguments.workers)
     else:
         source = arguments.source
         if arguments.download:
@@ -126,19 +125,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
         if source is None:
             raise ConfigError(f"say where {corpus} is with --source DIR, or fetch it with --download")
         if corpus == "an4":
-            manifests = corpora.prepare_an4(source, out)
+            corpora.prepare_an4(source, out)
         elif corpus == "librispeech":
-            manifests = corpora.prepare_librispeech(source, out, splits=arguments.splits)
+            corpora.prepare_librispeech(source, out, splits=arguments.splits)
         elif corpus == "mini-librispeech":
-            manifests = corpora.prepare_mini_librispeech(source, out)
+            corpora.prepare_mini_librispeech(source, out)
         elif corpus == "common-voice":
-            manifests = corpora.prepare_common_voice(source, out)
+            corpora.prepare_common_voice(source, out)
         else:
-            manifests = corpora.prepare_ljspeech(source, out)
-    for manifest in manifests:
-        utterances = read_manifest(manifest)
-        hours = sum(u.duration for u in utterances) / 3600
-        print(f"wrote {manifest}: {len(utterances):,} utterances, {hours:.2f} h")
+            corpora.prepare_ljspeech(source, out)
     return 0
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("model.*", "data.*", "decoding.*"),
     ("training.step", "training.checkpoint", "training.monitor"),
-    ("training.loop", "training.dryrun", "evaluation.evaluate", "evaluation.report", "inference.*"),
+    ("training.corpus", "training.loop", "training.dryrun", "evaluation.evaluate", "evaluation.report", "inference.*"),
     ("cli", "demo", "__main__"),
 )
 """Which modules stand on which floor; a name of its own goes before `folder.*`."""
@@ -39,7 +39,10 @@ ARROWS = {
     ("data.placement", "data.pipeline"),
     ("training.loop", "evaluation.evaluate"),
     ("training.loop", "inference.recognizer"),
+    ("training.loop", "training.corpus"),
+    ("training.dryrun", "training.corpus"),
     ("training.dryrun", "inference.recognizer"),
+    ("training.corpus", "inference.recognizer"),
     ("evaluation.evaluate", "inference.recognizer"),
     ("evaluation.report", "inference.recognizer"),
     ("evaluation.report", "evaluation.evaluate"),

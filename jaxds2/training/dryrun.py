@@ -4,7 +4,6 @@ Nothing of the model is allocated. Shapes are exact; FLOPs follow a closed formu
 XLA's own count; memory is an estimate and says so.
 """
 
-import dataclasses
 import json
 import math
 import textwrap
@@ -17,13 +16,14 @@ import jax
 import numpy as np
 
 from jaxds2.config import Config, ConfigError, ModelConfig
-from jaxds2.data.manifest import manifest_digest, read_manifest
-from jaxds2.data.plan import BatchPlan, Bucket, select_utterances
+from jaxds2.data.manifest import manifest_digest
+from jaxds2.data.plan import Bucket
 from jaxds2.features import num_frames
-from jaxds2.inference.recognizer import compute_dtype, output_frames
+from jaxds2.inference.recognizer import compute_dtype
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.model.scan import choose
 from jaxds2.text import Vocabulary
+from jaxds2.training.corpus import read_training_data, training_plan
 from jaxds2.training.optimizer import make_optimizer
 
 NORM_FLOPS, GELU_FLOPS, SCAN_FLOPS = 8, 10, 12
@@ -139,15 +139,7 @@ def dry_run(config: Config) -> DryRun:
     if not len(corpus.durations):
         reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.left_out.items())
         raise ConfigError(f"nothing to train on in {corpus.source}: all utterances are left out ({reasons})")
-    plan = BatchPlan(
-        corpus.durations,
-        corpus.label_lengths,
-        digest=corpus.digest,
-        data=config.data,
-        seed=config.training.seed,
-        speed=config.augment.speed,
-        sample_rate=config.features.sample_rate,
-    )
+    plan = training_plan(config, corpus.durations, corpus.label_lengths, digest=corpus.digest)
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     dtype = np.dtype(compute_dtype(config))
     params = jax.eval_shape(lambda: create(config.features.n_mels, vocabulary.size, config.model, dtype=dtype)[1])
@@ -205,17 +197,8 @@ def _read_corpus(config: Config, vocabulary: Vocabulary) -> _Corpus:
 
 
 def _from_manifests(config: Config, vocabulary: Vocabulary) -> _Corpus:
-    """The utterances that training would use, by the same rules."""
-    utterances = [u for path in config.data.train for u in read_manifest(path)]
-    normalized = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances]
-    kept, left_out = select_utterances(
-        normalized,
-        config.data,
-        vocabulary=vocabulary,
-        output_frames=lambda num_samples: output_frames(num_samples, config),
-        speed=config.augment.speed,
-        sample_rate=config.features.sample_rate,
-    )
+    """The utterances that training would use."""
+    kept, left_out = read_training_data(config, vocabulary)
     return _Corpus(
         np.array([u.duration for u in kept]),
         np.array([len(vocabulary.encode(u.text)) for u in kept], np.int64),

@@ -17,18 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 import jaxds2
-from jaxds2.audio import probe_audio
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
-from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
+from jaxds2.data.manifest import manifest_digest
 from jaxds2.data.pipeline import LoadedBatch, PipelineError, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
-from jaxds2.data.plan import BatchPlan, Bucket, select_utterances
+from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.decoding.greedy import greedy_decode
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, Scores, evaluate
-from jaxds2.inference.recognizer import Recognizer, compute_dtype, output_frames
+from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.model.deepspeech2 import Params, create
-from jaxds2.text import TextError, Vocabulary
+from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
+from jaxds2.training.corpus import read_dev_data, read_training_data, training_plan
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxds2.training.step import StepMetrics, TrainState, TrainStep, make_eval_step, make_train_step, to_tree
@@ -83,62 +83,6 @@ class StopSignal:
         return self.received is not None
 
 
-def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utterance], dict[str, list[str]]]:
-    """The utterances to train on, normalised, and the ids of those left out by reason.
-
-    Raises:
-      ManifestError, TextError: a manifest cannot be used. ConfigError: none is named, or nothing is left of them.
-    """
-    if not config.data.train:
-        raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
-    utterances = [u for path in config.data.train for u in read_manifest(path)]
-    kept, left_out = select_utterances(
-        [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
-        config.data,
-        vocabulary=vocabulary,
-        output_frames=lambda num_samples: output_frames(num_samples, config),
-        speed=config.augment.speed,
-        sample_rate=config.features.sample_rate,
-    )
-    if not kept:
-        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
-        raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
-    return kept, left_out
-
-
-def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: Vocabulary) -> BatchPlan:
-    """Which utterances each step trains on."""
-    return BatchPlan(
-        np.array([u.duration for u in utterances]),
-        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
-        digest=manifest_digest(utterances),
-        data=config.data,
-        seed=config.training.seed,
-        speed=config.augment.speed,
-        sample_rate=config.features.sample_rate,
-    )
-
-
-def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
-    """The utterances to evaluate on, normalised; empty where the config names none.
-
-    They are looked at before training starts, since a fault would otherwise come up after the first epoch.
-
-    Raises:
-      ManifestError: a bad manifest. AudioError: a recording cannot be opened. TextError: a text outside the alphabet.
-    """
-    if config.data.dev is None:
-        return []
-    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_manifest(config.data.dev)]
-    for u in utterances:
-        try:
-            vocabulary.encode(u.text)
-        except TextError as e:
-            raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
-        probe_audio(u.audio_filepath)
-    return utterances
-
-
 def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
     """Train a run to its end, from its newest checkpoint where it has one.
 
@@ -166,7 +110,12 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
     utterances, left_out = read_training_data(config, vocabulary)
     dev = read_dev_data(config, vocabulary)
-    plan = training_plan(config, utterances, vocabulary)
+    plan = training_plan(
+        config,
+        np.array([u.duration for u in utterances]),
+        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
+        digest=manifest_digest(utterances),
+    )
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     claim_run(config, run_dir, started=first_step > 0)
 

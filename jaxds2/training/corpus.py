@@ -1,0 +1,75 @@
+"""What a config trains on and is evaluated on: its manifests read, normalised, selected and planned."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxds2.audio import probe_audio
+from jaxds2.config import Config, ConfigError
+from jaxds2.data.manifest import Utterance, read_manifest
+from jaxds2.data.plan import BatchPlan, select_utterances
+from jaxds2.inference.recognizer import output_frames
+from jaxds2.text import TextError, Vocabulary
+
+
+def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utterance], dict[str, list[str]]]:
+    """The utterances to train on, normalised, and the ids of those left out by reason.
+
+    Raises:
+      ManifestError, TextError: a manifest cannot be used. ConfigError: none is named, or nothing is left of them.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
+    utterances = [u for path in config.data.train for u in read_manifest(path)]
+    kept, left_out = select_utterances(
+        [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
+        config.data,
+        vocabulary=vocabulary,
+        output_frames=lambda num_samples: output_frames(num_samples, config),
+        speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
+    )
+    if not kept:
+        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
+        raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
+    return kept, left_out
+
+
+def training_plan(config: Config, durations_s_N: np.ndarray, label_lengths_N: np.ndarray, *, digest: str) -> BatchPlan:
+    """Which utterances each step trains on. Raises PlanError: there are none.
+
+    Args:
+      config: the whole configuration.
+      durations_s_N: seconds, before speed perturbation.
+      label_lengths_N: labels of each.
+      digest: of the manifests, see `manifest_digest`.
+    """
+    return BatchPlan(
+        durations_s_N,
+        label_lengths_N,
+        digest=digest,
+        data=config.data,
+        seed=config.training.seed,
+        speed=config.augment.speed,
+        sample_rate=config.features.sample_rate,
+    )
+
+
+def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
+    """The utterances to evaluate on, normalised; empty where the config names none.
+
+    They are looked at before training starts, since a fault would otherwise come up after the first epoch.
+
+    Raises:
+      ManifestError: a bad manifest. AudioError: a recording cannot be opened. TextError: a text outside the alphabet.
+    """
+    if config.data.dev is None:
+        return []
+    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_manifest(config.data.dev)]
+    for u in utterances:
+        try:
+            vocabulary.encode(u.text)
+        except TextError as e:
+            raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
+        probe_audio(u.audio_filepath)
+    return utterances
