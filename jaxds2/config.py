@@ -246,6 +246,8 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of the matmuls; `auto` is bfloat16 on an accelerator and float32 on a CPU. Parameters, scan, CTC
     and normalisation are always float32."""
+    ctc: Literal["optax", "fused"] = "optax"
+    """Form of the training loss: optax's, or ours with its gradient in closed form; see ctc.ctc_loss."""
     devices: int | None = None
     """Number of local devices to use; None: all."""
     ema_decay: float = 0.999

@@ -2,12 +2,18 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxds2.text import BLANK_ID
+
+Implementation = Literal["optax", "fused"]
+
+_NEVER = -1e30
+"""Logarithm of a probability of 0, with which sums stay finite."""
 
 
 def min_frames(label: Sequence[int]) -> int:
@@ -23,30 +29,145 @@ def feasible(logit_lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: 
 
 
 def ctc_loss(
-    logits_BUV: jax.Array, logit_lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array
+    logits_BUV: jax.Array,
+    logit_lengths_B: jax.Array,
+    labels_BN: jax.Array,
+    label_lengths_B: jax.Array,
+    *,
+    implementation: Implementation = "optax",
 ) -> jax.Array:
     """Negative log-likelihood of each label, in nats, float32 (B,).
 
     Rows that cannot fit (see `feasible`), whose likelihood is zero, give 0 and no gradient; a mean must not count them.
-    Computed by optax in float32 whatever the dtype of the logits; tiny negative values, which its arithmetic can give
-    for near-certain labels, are clamped to 0.
+    Computed in float32 whatever the dtype of the logits; tiny negative values, which its arithmetic can give for
+    near-certain labels, are clamped to 0.
 
     Args:
       logits_BUV: class BLANK_ID is the blank; what stands beyond an utterance's length is ignored.
       logit_lengths_B: valid frames.
       labels_BN: label ids, no blanks within the label length.
       label_lengths_B: labels of each row.
+      implementation: `optax`, the reference, differentiated by JAX; or `fused`, forward and backward variables in one
+        scan and the gradient in closed form: less memory, and a gradient closer to float64's (docs/numerics.md). It
+        has no second derivative.
     """
     ok_B = feasible(logit_lengths_B, labels_BN, label_lengths_B)
     padded_frames_BU = jnp.arange(logits_BUV.shape[1])[None, :] >= logit_lengths_B[:, None]
-    padded_labels_BN = jnp.arange(labels_BN.shape[1])[None, :] >= label_lengths_B[:, None]
     # Where a row is out, so are its logits: a NaN there must not reach the gradient through 0 * NaN.
     usable_BU1 = (ok_B[:, None] & ~padded_frames_BU)[..., None]
-    loss_B = optax.ctc_loss(
-        jnp.where(usable_BU1, logits_BUV.astype(jnp.float32), 0.0),
-        padded_frames_BU.astype(jnp.float32),
-        labels_BN,
-        padded_labels_BN.astype(jnp.float32),
-        blank_id=BLANK_ID,
-    )
+    logits_BUV = jnp.where(usable_BU1, logits_BUV.astype(jnp.float32), 0.0)
+    if implementation == "optax":
+        padded_labels_BN = jnp.arange(labels_BN.shape[1])[None, :] >= label_lengths_B[:, None]
+        loss_B = optax.ctc_loss(
+            logits_BUV,
+            padded_frames_BU.astype(jnp.float32),
+            labels_BN,
+            padded_labels_BN.astype(jnp.float32),
+            blank_id=BLANK_ID,
+        )
+    else:
+        loss_B = _fused(logits_BUV, logit_lengths_B, labels_BN, label_lengths_B)
     return jnp.where(ok_B, jnp.maximum(loss_B, 0.0), 0.0)
+
+
+@jax.custom_vjp
+def _fused(logits_BUV: jax.Array, lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array) -> jax.Array:
+    return _forward_backward(logits_BUV, lengths_B, labels_BN, label_lengths_B, with_gradient=False)[0]
+
+
+def _fused_forward(
+    logits_BUV: jax.Array, lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _forward_backward(logits_BUV, lengths_B, labels_BN, label_lengths_B, with_gradient=True)
+
+
+def _fused_reverse(grads_BUV: jax.Array, scale_B: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return grads_BUV * scale_B[:, None, None], None, None, None
+
+
+_fused.defvjp(_fused_forward, _fused_reverse)
+
+
+def _forward_backward(
+    logits_BUV: jax.Array,
+    lengths_B: jax.Array,
+    labels_BN: jax.Array,
+    label_lengths_B: jax.Array,
+    *,
+    with_gradient: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss (B,) and its gradient by the logits (B, U, V), which is empty unless `with_gradient`.
+
+    Graves et al. 2006, section 4.1, in log space. A lattice has N + 1 blank states and, between them, N label states.
+    The backward variables obey the forward recursion on the lattice turned round, frames and labels both, so one scan
+    runs the two as rows of one array: R = 2, backward first. After each frame the best state of a row is moved to 0,
+    which keeps float32's digits where the mass is; the moves only have to be added up for the loss, because the
+    gradient needs each frame's posterior, whose sum over the states is 1.
+    """
+    num_frames, num_labels = logits_BUV.shape[1], labels_BN.shape[1]
+
+    def rows(backward: jax.Array, forward: jax.Array) -> jax.Array:
+        return jnp.stack([backward, forward]) if with_gradient else backward[None]
+
+    log_probs_UBV = jax.nn.log_softmax(jnp.swapaxes(logits_BUV, 0, 1), axis=-1)
+    label_UBN = jnp.take_along_axis(log_probs_UBV, labels_BN[None], axis=2)
+    blank_UB1 = log_probs_UBV[:, :, BLANK_ID : BLANK_ID + 1]
+    turned_RBN = rows(labels_BN[:, ::-1], labels_BN)
+    # A label may follow another without a blank between them, unless the two are equal.
+    follows_RBN = jnp.pad(turned_RBN[..., 1:] != turned_RBN[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    # Before the first frame a path stands at the blank before its first label; turned round, the padding comes first.
+    start_RB = rows(num_labels - label_lengths_B, jnp.zeros_like(label_lengths_B))
+    at_blank = jnp.where(jnp.arange(num_labels + 1)[None, None, :] == start_RB[..., None], 0.0, _NEVER)
+    at_label = jnp.full(turned_RBN.shape, _NEVER)
+
+    def step(carry, frame):
+        at_blank, at_label, moved = carry
+        back = num_frames - 1 - frame
+        label_before = jnp.pad(at_label, ((0, 0), (0, 0), (1, 0)), constant_values=_NEVER)
+        to_blank = _add_two(at_blank, label_before)
+        to_label = _add_three(at_label, at_blank[..., :-1], jnp.where(follows_RBN, label_before[..., :-1], _NEVER))
+        # Else XLA's CPU compiler computes the logarithms again for each of their uses.
+        to_blank, to_label = jax.lax.optimization_barrier((to_blank, to_label))
+        blank = to_blank + rows(blank_UB1[back], blank_UB1[frame])
+        label = to_label + rows(label_UBN[back][:, ::-1], label_UBN[frame])
+        best = jnp.maximum(jnp.max(blank, -1, keepdims=True), jnp.max(label, -1, keepdims=True))
+        inside = rows(back < lengths_B, frame < lengths_B)[..., None]  # beyond its length a row waits as it is
+        carry = (
+            jnp.where(inside, blank - best, at_blank),
+            jnp.where(inside, label - best, at_label),
+            moved + jnp.where(inside, best, 0.0),
+        )
+        return carry, (to_blank, to_label)
+
+    carry = (at_blank, at_label, jnp.zeros((*start_RB.shape, 1)))
+    (at_blank, at_label, moved), before = jax.lax.scan(step, carry, jnp.arange(num_frames))
+    loss_B = -(_add_two(at_blank[0, :, -1], at_label[0, :, -1]) + moved[0, :, 0])
+    if not with_gradient:
+        return loss_B, jnp.zeros((*logits_BUV.shape[:2], 0))
+
+    # Paths up to a state, the state's own frame, and paths on from it: the posterior of the state, frame by frame.
+    to_blank, to_label = before
+    blank = to_blank[::-1, 0, :, ::-1] + to_blank[:, 1] + blank_UB1
+    label = to_label[::-1, 0, :, ::-1] + to_label[:, 1] + label_UBN
+    best = jnp.maximum(jnp.max(blank, -1, keepdims=True), jnp.max(label, -1, keepdims=True))
+    blank_UB = jnp.sum(jnp.exp(blank - best), axis=-1)
+    label_UBN = jnp.exp(label - best)
+    total_UB = blank_UB + jnp.sum(label_UBN, axis=-1)
+    # By a matmul, not a scatter, whose order of summing is not defined on every device.
+    is_class_BNV = jax.nn.one_hot(labels_BN, logits_BUV.shape[2])
+    occupied_UBV = jnp.einsum("ubn,bnv->ubv", label_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
+    occupied_UBV = occupied_UBV.at[..., BLANK_ID].add(blank_UB) / total_UB[..., None]
+    valid_UB1 = (jnp.arange(num_frames)[:, None] < lengths_B[None, :])[..., None]
+    return loss_B, jnp.swapaxes(jnp.where(valid_UB1, jnp.exp(log_probs_UBV) - occupied_UBV, 0.0), 0, 1)
+
+
+def _add_two(a: jax.Array, b: jax.Array) -> jax.Array:
+    """log(exp(a) + exp(b))."""
+    return jnp.maximum(a, b) + jnp.log(1.0 + jnp.exp(-jnp.abs(a - b)))
+
+
+def _add_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """log(exp(a) + exp(b) + exp(c)), of which the largest is not computed: exp(0) = 1."""
+    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
+    largest, middle = jnp.maximum(high, c), jnp.minimum(high, c)
+    return largest + jnp.log(1.0 + jnp.exp(low - largest) + jnp.exp(middle - largest))

@@ -1,5 +1,6 @@
 """CTC against brute force over all paths, in value and gradient, and its treatment of labels that cannot fit."""
 
+import functools
 import itertools
 
 import jax
@@ -27,22 +28,57 @@ def brute_force(logits_UV, label) -> float:
     return -np.log(total)
 
 
+def float64_loss_and_gradient(logits_UV, label) -> tuple[float, np.ndarray]:
+    """Forward and backward variables in log space, in float64."""
+    logits = np.asarray(logits_UV, np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    states = np.zeros(2 * len(label) + 1, int)
+    states[1::2] = label
+    skips = np.zeros(len(states), bool)
+    skips[2:] = (states[2:] != 0) & (states[2:] != states[:-2])
+
+    def paths_up_to(emissions, skips):
+        """Log of the probability of all paths to each state, its frame included."""
+        alpha = np.full((len(emissions), len(states)), -np.inf)
+        alpha[0, :2] = emissions[0, :2]
+        for t in range(1, len(emissions)):
+            stay = alpha[t - 1]
+            near = np.concatenate([[-np.inf], stay])[: len(stay)]
+            far = np.where(skips, np.concatenate([[-np.inf, -np.inf], stay])[: len(stay)], -np.inf)
+            alpha[t] = np.logaddexp(np.logaddexp(stay, near), far) + emissions[t]
+        return alpha
+
+    emissions = log_probs[:, states]
+    turned = np.concatenate([[False, False], skips[::-1]])[: len(skips)]
+    both = paths_up_to(emissions, skips) + paths_up_to(emissions[::-1, ::-1], turned)[::-1, ::-1] - emissions
+    likelihood = np.logaddexp.reduce(both[0])
+    gradient = np.exp(log_probs)
+    for i, s in enumerate(states):
+        gradient[:, s] -= np.exp(both[:, i] - likelihood)
+    return -likelihood, gradient
+
+
 LABELS = [[], [1], [2, 1], [1, 1], [1, 2, 1]]
+FORMS = ["optax", "fused"]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("label", LABELS)
-def test_loss_equals_brute_force(label):
+def test_loss_equals_brute_force(label, form):
     logits = 2 * jax.random.normal(jax.random.key(len(label)), (1, 5, 3))
     labels = jnp.array([label + [0] * (4 - len(label))])
-    loss = ctc_loss(logits, jnp.array([5]), labels, jnp.array([len(label)]))
+    loss = ctc_loss(logits, jnp.array([5]), labels, jnp.array([len(label)]), implementation=form)
     np.testing.assert_allclose(loss[0], brute_force(logits[0], label), rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("label", LABELS)
-def test_gradient_equals_finite_differences_of_brute_force(label):
+def test_gradient_equals_finite_differences_of_brute_force(label, form):
     logits = jax.random.normal(jax.random.key(7), (1, 4, 3))
     labels = jnp.array([label + [0] * (4 - len(label))])
-    got = jax.grad(lambda x: ctc_loss(x, jnp.array([4]), labels, jnp.array([len(label)]))[0])(logits)[0]
+    got = jax.grad(lambda x: ctc_loss(x, jnp.array([4]), labels, jnp.array([len(label)]), implementation=form)[0])(
+        logits
+    )[0]
     want = np.zeros((4, 3))
     base = np.asarray(logits[0], np.float64)
     for t, k in np.ndindex(4, 3):
@@ -50,6 +86,52 @@ def test_gradient_equals_finite_differences_of_brute_force(label):
         delta[t, k] = 1e-5
         want[t, k] = (brute_force(base + delta, label) - brute_force(base - delta, label)) / 2e-5
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def loss_and_gradient(logits, lengths, labels, counts, *, form):
+    weights = jnp.array([1.0, 2.0, 3.0, 4.0])
+
+    def total(x):
+        loss = ctc_loss(x, lengths, labels, counts, implementation=form)
+        return jnp.sum(weights * loss), loss
+
+    (_, loss), grads = jax.value_and_grad(total, has_aux=True)(logits)
+    return loss, grads
+
+
+@settings(max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(1, 4), max_size=10)), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_both_forms_are_equal_whatever_the_lengths(rows, seed):
+    logits = 3 * jax.random.normal(jax.random.key(seed), (4, 30, 5))
+    labels = jnp.array([label + [0] * (10 - len(label)) for _, label in rows])
+    lengths, counts = jnp.array([u for u, _ in rows]), jnp.array([len(label) for _, label in rows])
+    loss, grads = loss_and_gradient(logits, lengths, labels, counts, form="fused")
+    expected, expected_grads = loss_and_gradient(logits, lengths, labels, counts, form="optax")
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads, expected_grads, atol=2e-4)
+
+
+@pytest.mark.parametrize(("form", "error"), [("optax", 3e-3), ("fused", 3e-5)])
+@pytest.mark.parametrize("scale", [1.0, 8.0])  # as at the start of training, and peaky on the wrong labels
+def test_the_gradient_of_long_utterances_against_float64(form, error, scale):
+    logits = scale * jax.random.normal(jax.random.key(3), (2, 600, 29))
+    labels = jax.random.randint(jax.random.key(4), (2, 150), 1, 29)
+    lengths, counts = jnp.array([600, 411]), jnp.array([150, 97])
+    args = lengths, labels, counts
+    loss = ctc_loss(logits, *args, implementation=form)
+    grads = jax.grad(lambda x: jnp.sum(ctc_loss(x, *args, implementation=form)))(logits)
+    for b in range(2):
+        label = np.asarray(labels[b, : counts[b]])
+        want_loss, want = float64_loss_and_gradient(logits[b, : lengths[b]], label)
+        np.testing.assert_allclose(loss[b], want_loss, rtol=1e-6)
+        worst = np.abs(grads[b, : lengths[b]] - want).max()
+        print(f"{form}, logits of scale {scale:g}, {lengths[b]} frames: gradient error {worst:.1e}")
+        assert worst < error * scale
+        np.testing.assert_array_equal(grads[b, lengths[b] :], 0)
 
 
 @settings(max_examples=200)
@@ -63,23 +145,27 @@ def test_feasible_is_what_some_path_can_spell(label, frames):
     assert (min_frames(label) <= frames and frames > 0) == spelt
 
 
-def test_infeasible_rows_give_zero_and_no_gradient_and_leave_others_alone():
+@pytest.mark.parametrize("form", FORMS)
+def test_infeasible_rows_give_zero_and_no_gradient_and_leave_others_alone(form):
     logits = jax.random.normal(jax.random.key(0), (3, 4, 3))
     labels = jnp.array([[1, 1, 1], [1, 2, 0], [1, 0, 0]])
     frames, lengths = jnp.array([4, 4, 0]), jnp.array([3, 2, 1])
-    loss, grads = jax.value_and_grad(lambda x: jnp.sum(ctc_loss(x, frames, labels, lengths)))(logits)
+    loss, grads = jax.value_and_grad(lambda x: jnp.sum(ctc_loss(x, frames, labels, lengths, implementation=form)))(
+        logits
+    )
     np.testing.assert_allclose(loss, brute_force(logits[1], [1, 2]), rtol=1e-5)
     np.testing.assert_array_equal(grads[0], 0)
     np.testing.assert_array_equal(grads[2], 0)
     assert float(jnp.abs(grads[1]).max()) > 0.01
 
 
-def test_nan_in_the_padding_never_leaks():
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_in_the_padding_never_leaks(form):
     logits = jax.random.normal(jax.random.key(0), (2, 6, 3))
     labels, lengths, frames = jnp.array([[1, 2], [2, 0]]), jnp.array([2, 1]), jnp.array([4, 6])
 
     def loss(x):
-        return jnp.sum(ctc_loss(x, frames, labels, lengths))
+        return jnp.sum(ctc_loss(x, frames, labels, lengths, implementation=form))
 
     poisoned = logits.at[0, 4:].set(jnp.nan)
     np.testing.assert_array_equal(loss(poisoned), loss(logits))
@@ -87,10 +173,11 @@ def test_nan_in_the_padding_never_leaks():
     np.testing.assert_array_equal(jax.grad(loss)(logits)[0, 4:], 0)
 
 
-def test_the_loss_is_computed_in_float32():
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_is_computed_in_float32(form):
     logits = (4 * jax.random.normal(jax.random.key(0), (1, 50, 5))).astype(jnp.bfloat16)
     labels = jnp.array([[1, 2, 3, 4, 1, 2]])
     args = jnp.array([50]), labels, jnp.array([6])
-    got = ctc_loss(logits, *args)
+    got = ctc_loss(logits, *args, implementation=form)
     assert got.dtype == jnp.float32
-    np.testing.assert_array_equal(got, ctc_loss(logits.astype(jnp.float32), *args))
+    np.testing.assert_array_equal(got, ctc_loss(logits.astype(jnp.float32), *args, implementation=form))

@@ -125,7 +125,14 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     )
     optimizer = make_optimizer(config.optimizer, total_steps)
     train_step = make_train_step(
-        apply, optimizer, config.features, config.augment, mesh=mesh, seed=seed, ema_decay=ema_decay
+        apply,
+        optimizer,
+        config.features,
+        config.augment,
+        mesh=mesh,
+        seed=seed,
+        ema_decay=ema_decay,
+        ctc=config.training.ctc,
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None))

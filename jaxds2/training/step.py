@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxds2.augment import add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig
-from jaxds2.ctc import ctc_loss, feasible
+from jaxds2.ctc import Implementation, ctc_loss, feasible
 from jaxds2.data.pipeline import Batch
 from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import Apply, Params
@@ -81,6 +81,7 @@ def make_train_step(
     mesh: Mesh,
     seed: int,
     ema_decay: float,
+    ctc: Implementation = "optax",
 ) -> TrainStep:
     """The training step, to be jitted with its state donated.
 
@@ -97,7 +98,7 @@ def make_train_step(
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B, dropout_keys_B=dropout_keys_B)
         present_B = batch.index_B >= 0
         usable_B = present_B & feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
-        loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
+        loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B, implementation=ctc)
         labels = jnp.sum(jnp.where(usable_B, batch.label_lengths_B, 0))
         loss = jnp.sum(jnp.where(usable_B, loss_B, 0.0)) / jnp.maximum(labels, 1).astype(jnp.float32)
         return loss, (usable_B, present_B & ~usable_B)

@@ -1,0 +1,121 @@
+"""CTC loss and gradient: ours, optax's and torch's, side by side; and how far each gradient is from float64.
+
+python benchmarks/bench_ctc.py
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import side_by_side
+
+if TYPE_CHECKING:
+    from jaxds2 import ctc
+
+SHAPES = ((16, 800, 200, 29), (8, 1600, 300, 1024))
+"""(rows B, frames U, labels N, classes V)."""
+SMALL = ((2, 20, 4, 5),)
+
+
+def main() -> None:
+    """Print a table for each shape and write them all."""
+    arguments = side_by_side.start("CTC loss and gradient, side by side.")
+    results = [compare(*shape, arguments) for shape in (SMALL if arguments.small else SHAPES)]
+    side_by_side.save("ctc", arguments, results)
+
+
+def compare(rows: int, frames: int, labels: int, classes: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time all columns on one shape; every row has full length."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    logits_BUV = rng.standard_normal((rows, frames, classes), np.float32)
+    labels_BN = rng.integers(1, classes, (rows, labels)).astype(np.int32)
+    lengths = np.full(rows, frames, np.int32), labels_BN, np.full(rows, labels, np.int32)
+    ours = {form: compile_form(form, logits_BUV, lengths) for form in ("fused", "optax")}
+    columns = {form: call for form, (call, _) in ours.items()}
+    memory = {form: mebibytes for form, (_, mebibytes) in ours.items()}
+    columns |= torch_column(logits_BUV, lengths, arguments.threads)
+    exact = np.stack([float64_gradient(logits_BUV[b], labels_BN[b]) for b in range(rows)])
+    medians = side_by_side.rounds(columns, arguments.rounds)
+    table = {
+        name: {
+            "ms": medians[name],
+            "temporaries, MiB": memory.get(name, ""),
+            "gradient error": float(np.abs(np.asarray(call()) - exact).max()),
+        }
+        for name, call in columns.items()
+    }
+    title = f"CTC loss and gradient, B={rows} U={frames} N={labels} V={classes}, float32, threads: {arguments.threads}"
+    print(side_by_side.table(title, table, base="fused"))
+    return {"shape": [rows, frames, labels, classes], "columns": table}
+
+
+def compile_form(form: "ctc.Implementation", logits_BUV, lengths) -> tuple[Callable[[], Any], float]:
+    """A call that gives the gradient, and its temporary memory in MiB."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxds2.ctc import ctc_loss
+
+    def total(x):
+        return jnp.sum(ctc_loss(x, *map(jnp.asarray, lengths), implementation=form))
+
+    x = jnp.asarray(logits_BUV)
+    step = jax.jit(jax.value_and_grad(total)).lower(x).compile()
+    return lambda: jax.block_until_ready(step(x))[1], side_by_side.temporaries(step) / 2**20
+
+
+def torch_column(logits_BUV, lengths, threads: int) -> dict[str, Callable[[], Any]]:
+    """torch's own loss on the CPU; empty where torch is missing."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        print("torch is not installed, so its column is missing: pip install torch")
+        return {}
+    torch.set_num_threads(threads)
+    logits = torch.from_numpy(logits_BUV)
+    frames, labels, counts = (torch.from_numpy(x.astype("int64")) for x in lengths)
+
+    def step():
+        x = logits.detach().requires_grad_()
+        log_probs = torch.log_softmax(x, -1).transpose(0, 1)
+        torch.nn.functional.ctc_loss(log_probs, labels, frames, counts, reduction="sum").backward()
+        return x.grad.numpy()
+
+    return {"torch": step}
+
+
+def float64_gradient(logits_UV, label_N):
+    """Forward and backward variables in log space, float64."""
+    import numpy as np
+
+    logits = logits_UV.astype(np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    states = np.zeros(2 * len(label_N) + 1, int)
+    states[1::2] = label_N
+    skips = np.zeros(len(states), bool)
+    skips[2:] = (states[2:] != 0) & (states[2:] != states[:-2])
+
+    def paths_up_to(emissions, skips):
+        alpha = np.full(emissions.shape, -np.inf)
+        alpha[0, :2] = emissions[0, :2]
+        for t in range(1, len(emissions)):
+            stay = alpha[t - 1]
+            near = np.concatenate([[-np.inf], stay])[: len(stay)]
+            far = np.where(skips, np.concatenate([[-np.inf, -np.inf], stay])[: len(stay)], -np.inf)
+            alpha[t] = np.logaddexp(np.logaddexp(stay, near), far) + emissions[t]
+        return alpha
+
+    emissions = log_probs[:, states]
+    turned = np.concatenate([[False, False], skips[::-1]])[: len(skips)]
+    both = paths_up_to(emissions, skips) + paths_up_to(emissions[::-1, ::-1], turned)[::-1, ::-1] - emissions
+    posterior = np.exp(both - np.logaddexp.reduce(both[0]))
+    gradient = np.exp(log_probs)
+    for i, s in enumerate(states):
+        gradient[:, s] -= posterior[:, i]
+    return gradient
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the benchmarks share: pinned threads, interleaved rounds, a table with ratios, JSON.
+
+Machines are noisy, so nothing here is compared between runs: all columns of a table are timed in turn, round by round,
+in one process, by the time that the process used (user and system), not by the clock.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
+
+
+def start(description: str, *, threads: int = 1) -> argparse.Namespace:
+    """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=10, help="rounds over all columns (default: 10)")
+    parser.add_argument("--threads", type=int, default=threads, help=f"cores to use (default: {threads})")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-DEVICE-NAME.json")
+    arguments = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from jaxds2.allocator import keep_pages
+
+    keep_pages()  # for every column alike
+    return arguments
+
+
+def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """Median milliseconds of process time of each call, the columns taking turns; one round before is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in columns}
+    for number in range(count + 1):
+        for name, call in columns.items():
+            begin = time.process_time()
+            call()
+            if number:
+                times[name].append(1e3 * (time.process_time() - begin))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def temporaries(compiled: Any) -> int:
+    """Bytes that a compiled JAX function needs beside its inputs and outputs."""
+    memory = compiled.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, float | str]], *, base: str | None = None) -> str:
+    """Rows of numbers; with `base`, the name of a row, a column `x`: each first number over that row's."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    head = ["", *columns, *(["x"] if base else [])]
+    lines = [head]
+    for name, row in rows.items():
+        cells = [_cell(row.get(column, "")) for column in columns]
+        if base:
+            cells.append(f"{float(row[columns[0]]) / float(rows[base][columns[0]]):.2f}")
+        lines.append([name, *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    body = (
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    return f"\n{title}\n" + "\n".join(body)
+
+
+def _cell(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the results with the versions and the machine they are from."""
+    import jax
+
+    device = jax.devices()[0].device_kind.replace(" ", "-")
+    path = arguments.json or RESULTS / f"{datetime.date.today().isoformat()}-{device}-{name}.json"
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    content = {
+        "benchmark": name,
+        "device": device,
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "results": list(results),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+    return path
