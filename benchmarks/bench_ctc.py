@@ -40,7 +40,7 @@ def compare(rows: int, frames: int, labels: int, classes: int, arguments: argpar
     medians = side_by_side.rounds(columns, arguments.rounds)
     table = {
         name: {
-            "ms": medians[name],
+            "CPU ms": medians[name],
             "temporaries, MiB": memory.get(name, ""),
             "gradient error": float(np.abs(np.asarray(call()) - exact).max()),
         }
@@ -58,12 +58,12 @@ def compile_form(form: "ctc.Implementation", logits_BUV, lengths) -> tuple[Calla
 
     from jaxds2.ctc import ctc_loss
 
-    def total(x):
-        return jnp.sum(ctc_loss(x, *map(jnp.asarray, lengths), implementation=form))
+    def total(logits_BUV, *lengths):
+        return jnp.sum(ctc_loss(logits_BUV, *lengths, implementation=form))
 
-    x = jnp.asarray(logits_BUV)
-    step = jax.jit(jax.value_and_grad(total)).lower(x).compile()
-    return lambda: jax.block_until_ready(step(x))[1], side_by_side.temporaries(step) / 2**20
+    inputs = [jnp.asarray(x) for x in (logits_BUV, *lengths)]
+    step = jax.jit(jax.value_and_grad(total)).lower(*inputs).compile()
+    return lambda: jax.block_until_ready(step(*inputs))[1], side_by_side.temporaries(step) / 2**20
 
 
 def torch_column(logits_BUV, lengths, threads: int) -> dict[str, Callable[[], Any]]:

@@ -5,6 +5,7 @@ in one process, by the time that the process used (user and system), not by the 
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -32,6 +33,7 @@ def start(description: str, *, threads: int = 1) -> argparse.Namespace:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # process time says nothing of an accelerator
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from jaxds2.allocator import keep_pages
 
@@ -83,12 +85,11 @@ def _cell(value: float | str) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the results with the versions and the machine they are from."""
-    import jax
-
-    device = jax.devices()[0].device_kind.replace(" ", "-")
-    path = arguments.json or RESULTS / f"{datetime.date.today().isoformat()}-{device}-{name}.json"
+def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the results with the versions and the machine they are from; tiny shapes only where --json says so."""
+    if arguments.small and arguments.json is None:
+        return
+    path = arguments.json or RESULTS / f"{datetime.date.today().isoformat()}-cpu-{name}.json"
     versions = {}
     for package in PACKAGES:
         try:
@@ -97,8 +98,8 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
             versions[package] = None
     content = {
         "benchmark": name,
-        "device": device,
-        "processor": platform.processor() or platform.machine(),
+        "device": "cpu",
+        "processor": _processor(),
         "python": platform.python_version(),
         "versions": versions,
         "threads": arguments.threads,
@@ -108,4 +109,11 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
-    return path
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -189,9 +189,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dry_run(config).render())
         return 0
     from jaxds2.allocator import keep_pages
-    from jaxds2.training.loop import train as train_run
 
     keep_pages()
+    from jaxds2.training.loop import train as train_run
+
     return train_run(config, arguments.run or Path("runs") / config.name)
 
 
@@ -251,8 +252,13 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
     if arguments.name and len(manifests) > 1:
         raise ConfigError(f"--name is for one manifest, the config of {arguments.run} names {len(manifests)}")
+    _must_exist(arguments.manifest)
     for manifest in manifests:
-        _must_exist(manifest)
+        if not manifest.exists():
+            raise ConfigError(
+                f"{manifest}, a test manifest of {arguments.run / 'config.json'}, does not exist; write it with "
+                f"`jaxds2 prepare`, or name another with --manifest"
+            )
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
     beam = _beam(arguments, recognizer.vocabulary.characters)
     kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
@@ -339,8 +345,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from jaxds2.allocator import keep_pages
-    from jaxds2.demo import demo
 
     keep_pages()
+    from jaxds2.demo import demo
+
     config = load_config(arguments.config, arguments.overrides)
     return demo(config, arguments.run or Path("runs") / config.name)

@@ -101,7 +101,7 @@ def _forward_backward(
     Graves et al. 2006, section 4.1, in log space. A lattice has N + 1 blank states and, between them, N label states.
     The backward variables obey the forward recursion on the lattice turned round, frames and labels both, so one scan
     runs the two as rows of one array: R = 2, backward first. After each frame the best state of a row is moved to 0,
-    which keeps float32's digits where the mass is; the moves only have to be added up for the loss, because the
+    which keeps the numbers, and so their rounding, small; the moves only have to be added up for the loss, because the
     gradient needs each frame's posterior, whose sum over the states is 1.
     """
     num_frames, num_labels = logits_BUV.shape[1], labels_BN.shape[1]
@@ -111,6 +111,9 @@ def _forward_backward(
 
     log_probs_UBV = jax.nn.log_softmax(jnp.swapaxes(logits_BUV, 0, 1), axis=-1)
     label_UBN = jnp.take_along_axis(log_probs_UBV, labels_BN[None], axis=2)
+    # Else the paths that run on into the padding of a label would be the best, and those that count far below them.
+    in_label_1BN = (jnp.arange(num_labels)[None, :] < label_lengths_B[:, None])[None]
+    label_UBN = jnp.where(in_label_1BN, label_UBN, _NEVER)
     blank_UB1 = log_probs_UBV[:, :, BLANK_ID : BLANK_ID + 1]
     turned_RBN = rows(labels_BN[:, ::-1], labels_BN)
     # A label may follow another without a blank between them, unless the two are equal.
@@ -151,11 +154,11 @@ def _forward_backward(
     label = to_label[::-1, 0, :, ::-1] + to_label[:, 1] + label_UBN
     best = jnp.maximum(jnp.max(blank, -1, keepdims=True), jnp.max(label, -1, keepdims=True))
     blank_UB = jnp.sum(jnp.exp(blank - best), axis=-1)
-    label_UBN = jnp.exp(label - best)
-    total_UB = blank_UB + jnp.sum(label_UBN, axis=-1)
+    posterior_UBN = jnp.exp(label - best)
+    total_UB = blank_UB + jnp.sum(posterior_UBN, axis=-1)
     # By a matmul, not a scatter, whose order of summing is not defined on every device.
     is_class_BNV = jax.nn.one_hot(labels_BN, logits_BUV.shape[2])
-    occupied_UBV = jnp.einsum("ubn,bnv->ubv", label_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
+    occupied_UBV = jnp.einsum("ubn,bnv->ubv", posterior_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
     occupied_UBV = occupied_UBV.at[..., BLANK_ID].add(blank_UB) / total_UB[..., None]
     valid_UB1 = (jnp.arange(num_frames)[:, None] < lengths_B[None, :])[..., None]
     return loss_B, jnp.swapaxes(jnp.where(valid_UB1, jnp.exp(log_probs_UBV) - occupied_UBV, 0.0), 0, 1)

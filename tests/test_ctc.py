@@ -118,13 +118,13 @@ def test_both_forms_are_equal_whatever_the_lengths(rows, seed):
 @pytest.mark.parametrize(("form", "error"), [("optax", 3e-3), ("fused", 3e-5)])
 @pytest.mark.parametrize("scale", [1.0, 8.0])  # as at the start of training, and peaky on the wrong labels
 def test_the_gradient_of_long_utterances_against_float64(form, error, scale):
-    logits = scale * jax.random.normal(jax.random.key(3), (2, 600, 29))
-    labels = jax.random.randint(jax.random.key(4), (2, 150), 1, 29)
-    lengths, counts = jnp.array([600, 411]), jnp.array([150, 97])
+    logits = scale * jax.random.normal(jax.random.key(3), (3, 600, 29))
+    labels = jax.random.randint(jax.random.key(4), (3, 150), 1, 29)
+    lengths, counts = jnp.array([600, 411, 600]), jnp.array([150, 97, 5])
     args = lengths, labels, counts
     loss = ctc_loss(logits, *args, implementation=form)
     grads = jax.grad(lambda x: jnp.sum(ctc_loss(x, *args, implementation=form)))(logits)
-    for b in range(2):
+    for b in range(3):
         label = np.asarray(labels[b, : counts[b]])
         want_loss, want = float64_loss_and_gradient(logits[b, : lengths[b]], label)
         np.testing.assert_allclose(loss[b], want_loss, rtol=1e-6)

@@ -12,13 +12,13 @@ import pytest
 
 from jaxds2.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, load_config, override
 from jaxds2.ctc import ctc_loss
-from jaxds2.data.manifest import Utterance, manifest_digest, write_manifest
+from jaxds2.data.manifest import Utterance, write_manifest
 from jaxds2.data.plan import Bucket
 from jaxds2.features import num_frames
 from jaxds2.model.deepspeech2 import Apply, Params, create, output_lengths
 from jaxds2.text import Vocabulary
-from jaxds2.training.corpus import read_training_data, training_plan
 from jaxds2.training.dryrun import activation_bytes, dry_run, flops
+from jaxds2.training.selection import read_training_data, training_plan
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -146,12 +146,7 @@ def test_it_plans_the_batches_that_training_will_see(manifest_config: Config):
     config = override(manifest_config, ["augment.speed=0.1"])
     vocabulary = Vocabulary(config.data.characters)
     utterances, left_out = read_training_data(config, vocabulary)
-    plan = training_plan(
-        config,
-        np.array([u.duration for u in utterances]),
-        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
-        digest=manifest_digest(utterances),
-    )
+    plan = training_plan(config, utterances, vocabulary)
     found = dry_run(config)
     assert found.buckets == plan.buckets
     assert found.padding_share == plan.padding_share(0)

@@ -100,6 +100,44 @@ def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, s
         assert metrics(tmp_path / "run")[step]["train/loss"] == values["train/loss"]
 
 
+@pytest.mark.parametrize("shape", [0, 1])
+def test_a_stop_while_it_compiles_loses_nothing(tones, whole, tmp_path, monkeypatch, shape):
+    """Before the first step there is nothing to save: the run starts as if for the first time."""
+    preparing = Monitor.preparing
+
+    def stop(self, what, done, total):
+        preparing(self, what, done, total)
+        if done == shape:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "preparing", stop)
+        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        assert checkpoints.last() is None
+    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_a_shape_that_was_not_compiled_ahead_gives_the_same_step(tones, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "shapes_ahead", lambda *_: [])
+    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_other_training_manifests_are_refused_on_resume(tones, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    write_manifest(tmp_path / "train.jsonl", read_manifest(tones / "train.jsonl")[1:])
+    data = tmp_path / "data"
+    shutil.copytree(tones, data)
+    shutil.copy(tmp_path / "train.jsonl", data / "train.jsonl")
+    changed = json.loads((tmp_path / "run/config.json").read_text())
+    changed["data"] |= {"train": [str(data / "train.jsonl")], "dev": str(data / "dev.jsonl")}
+    (tmp_path / "run/config.json").write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="not those that it was started with"):
+        train(config(data), tmp_path / "run", progress=False)
+
+
 def test_a_run_stopped_while_it_evaluates_makes_up_for_it(tones, whole, tmp_path, monkeypatch):
     plan = loop.evaluate
 
@@ -223,6 +261,28 @@ def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
     assert "gone.wav" in (tmp_path / "run/train.log").read_text()
     assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
+
+
+def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_path, monkeypatch):
+    utterances = read_manifest(tones / "train.jsonl")
+    gone = [dataclasses.replace(u, audio_filepath=tmp_path / "gone.wav") for u in utterances[:4]]
+    write_manifest(tmp_path / "train.jsonl", gone + utterances[4:])
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),), dev=None)
+    assert train(dataclasses.replace(base, data=data), tmp_path / "whole", progress=False) == FINISHED
+    advance = Monitor.advance
+
+    def stop(self, step, **values):
+        advance(self, step, **values)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "advance", stop)
+        assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == STOPPED
+    assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
+    counts = [metrics(tmp_path / run)[8]["train/unreadable"] for run in ("whole", "run")]
+    assert counts[0] == counts[1] > metrics(tmp_path / "run")[4]["train/unreadable"] > 0
 
 
 @pytest.mark.parametrize(

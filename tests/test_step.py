@@ -210,18 +210,19 @@ def test_in_bfloat16_every_loop_over_time_the_loss_and_the_state_are_float32(sca
 
 
 @functools.cache
-def compiled(devices: int):
+def compiled(devices: int, ctc: Implementation = "optax"):
     """The mesh, the state before the first step, and the step compiled for so many devices."""
     mesh = data_mesh(devices, rows_multiple=4)
-    state, step = setup(devices=devices)
+    state, step = setup(devices=devices, ctc=ctc)
     state = replicate(state, mesh)
     return mesh, state, step.lower(state, place(batch(), mesh)).compile()
 
 
-def test_two_devices_and_one_lose_the_same_over_fifty_steps():
+@pytest.mark.parametrize("ctc", ["optax", "fused"])
+def test_two_devices_and_one_lose_the_same_over_fifty_steps(ctc):
     losses = {}
     for devices in (1, 2):
-        mesh, state, step = compiled(devices)
+        mesh, state, step = compiled(devices, ctc)
         losses[devices] = []
         for s in range(50):
             state, metrics = step(state, place(batch(seed=s), mesh))
@@ -245,8 +246,9 @@ def test_two_devices_and_one_draw_the_same():
         np.testing.assert_array_equal(from_two, from_one)
 
 
-def test_the_compiled_step_reduces_gradients_over_devices():
-    programs = {devices: str(compiled(devices)[2].as_text()) for devices in (1, 2)}
+@pytest.mark.parametrize("ctc", ["optax", "fused"])
+def test_the_compiled_step_reduces_gradients_over_devices(ctc):
+    programs = {devices: str(compiled(devices, ctc)[2].as_text()) for devices in (1, 2)}
     assert "all-reduce" in programs[2]
     assert "all-gather" not in programs[2]  # each device works on its own rows, the FFT included
     assert "all-reduce" not in programs[1]

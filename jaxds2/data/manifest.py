@@ -44,8 +44,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read and validate a manifest. The audio files themselves are not opened.
 
     Raises:
-      ManifestError: no such file, an empty file, or bad lines, all of them in one message: not JSON, a missing key, a
-        wrong type, a duration that no audio file may have, an id twice.
+      ManifestError: no such file, an empty file, or bad lines, the first five in one message and the rest counted: not
+        JSON, a missing key, a wrong type, a duration that no audio file may have, an id twice.
     """
     path = Path(path)
     try:

@@ -221,7 +221,7 @@ class BatchPlan:
             )
             for width in self._edges_K.tolist()
         )
-        # Both caches hold what is computed from the key alone, and are only ever replaced or added to: safe in threads.
+        # Both caches hold what is computed from the key alone, and are read with one look: safe in threads.
         self._num_batches: dict[int, tuple[int, ...]] = {}
         self._epochs: dict[int, _Epoch] = {}
 
@@ -274,11 +274,13 @@ class BatchPlan:
         return self._num_batches[epoch]
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = self._plan_epoch(epoch)
             # The last epoch stays as well: readers ahead of the training loop straddle the border.
             kept = {number: plan for number, plan in self._epochs.items() if number == epoch - 1}
-            self._epochs = kept | {epoch: self._plan_epoch(epoch)}
-        return self._epochs[epoch]
+            self._epochs = kept | {epoch: found}
+        return found
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         speeds_N = self._speeds(epoch)

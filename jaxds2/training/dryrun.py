@@ -23,8 +23,8 @@ from jaxds2.inference.recognizer import compute_dtype
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.model.scan import choose
 from jaxds2.text import Vocabulary
-from jaxds2.training.corpus import read_training_data, training_plan
 from jaxds2.training.optimizer import make_optimizer
+from jaxds2.training.selection import plan_batches, read_training_data
 
 NORM_FLOPS, GELU_FLOPS, SCAN_FLOPS = 8, 10, 12
 """Elementwise operations, counted as one each: per element of a layer norm and of a GELU, and per state and frame of a
@@ -139,7 +139,7 @@ def dry_run(config: Config) -> DryRun:
     if not len(corpus.durations):
         reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.left_out.items())
         raise ConfigError(f"nothing to train on in {corpus.source}: all utterances are left out ({reasons})")
-    plan = training_plan(config, corpus.durations, corpus.label_lengths, digest=corpus.digest)
+    plan = plan_batches(config, corpus.durations, corpus.label_lengths, digest=corpus.digest)
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     dtype = np.dtype(compute_dtype(config))
     params = jax.eval_shape(lambda: create(config.features.n_mels, vocabulary.size, config.model, dtype=dtype)[1])
@@ -321,7 +321,8 @@ def activation_bytes(config: Config, bucket: Bucket, *, itemsize: int, num_class
     Arrays alive at once, counted from what XLA allocates on a CPU for models of several sizes (within a third; a GPU's
     compiler fuses more): per frame 3 of the features and of the output of each convolution, 4 of width D; per layer 4 D
     (9 with a depthwise convolution), 6 of the states, 3 more in float32 under the associative scan, with a feed-forward
-    block 4 D and 3 of its hidden width; the logits 3 times and the CTC lattice of 2 N + 1 states 4 times, in float32.
+    block 4 D and 3 of its hidden width; the logits 3 times and the CTC lattice of 2 N + 1 states 4 times (the fused
+    form of the loss needs less), in float32.
 
     Args:
       config: its features and model.

@@ -1,5 +1,6 @@
 """train(): from a config to a trained run, resumable at any step."""
 
+import contextlib
 import dataclasses
 import shlex
 import signal
@@ -28,9 +29,9 @@ from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
-from jaxds2.training.corpus import read_dev_data, read_training_data, training_plan
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxds2.training.selection import read_dev_data, read_training_data, training_plan
 from jaxds2.training.step import StepMetrics, TrainState, TrainStep, make_eval_step, make_train_step, to_tree
 
 FINISHED, STOPPED = 0, 75
@@ -76,7 +77,10 @@ class StopSignal:
             signal.signal(number, self._previous[number])
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
-        print(f"\n{self.received}: stopping after this step, then saving; once more to stop at once", file=sys.stderr)
+        print(
+            f"\n{self.received}: stopping when this step or compilation ends, then saving; once more to stop at once",
+            file=sys.stderr,
+        )
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
@@ -110,14 +114,16 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
     utterances, left_out = read_training_data(config, vocabulary)
     dev = read_dev_data(config, vocabulary)
-    plan = training_plan(
-        config,
-        np.array([u.duration for u in utterances]),
-        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
-        digest=manifest_digest(utterances),
-    )
+    plan = training_plan(config, utterances, vocabulary)
+    digest = manifest_digest(utterances)
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     claim_run(config, run_dir, started=first_step > 0)
+    resumed = checkpoints.read_meta(first_step) if first_step else {}
+    if resumed.get("manifest_digest", digest) != digest:
+        raise ConfigError(
+            f"{run_dir}: the training manifests are not those that it was started with, so its steps would be others; "
+            f"bring those back, or choose another folder with --run"
+        )
 
     seed, ema_decay = config.training.seed, config.training.ema_decay
     apply, params = create(
@@ -162,7 +168,7 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
 
         def save(step: int, wer: float | None) -> None:
             meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
-            meta |= {"infeasible": report.infeasible, "unreadable": report.unreadable}
+            meta |= {"manifest_digest": digest, "infeasible": report.infeasible, "unreadable": report.unreadable}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
 
@@ -176,9 +182,8 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             return scores.words.rate
 
         report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
-        if first_step:
-            meta = checkpoints.read_meta(first_step)
-            report.infeasible, report.unreadable = meta.get("infeasible", 0), meta.get("unreadable", 0)
+        report.infeasible, report.unreadable = resumed.get("infeasible", 0), resumed.get("unreadable", 0)
+        shapes = shapes_ahead(plan, first_step, total_steps)
         eval_every = config.training.eval_every
         step = first_step
         try:
@@ -193,17 +198,12 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                 stop_step=total_steps,
                 workers=config.data.workers,
             ) as batches:
-                compiled = compile_ahead(
-                    train_step, state, mesh, shapes_ahead(plan, first_step, total_steps), monitor, stop
-                )
-                for loaded in batches:
-                    if stop():
-                        break
+                compiled = compile_ahead(train_step, state, mesh, shapes, monitor, stop)
+                report.since = time.perf_counter()
+                for loaded in batches if not stop() else ():
                     take_step = compiled.get(loaded.batch.audio_BS.shape, train_step)
                     state, metrics = take_step(state, place(loaded.batch, mesh))
                     step += 1
-                    # The metrics of the step before are read while this one runs.
-                    report.flush()
                     report.hold(loaded, metrics)
 
                     evaluating = bool(dev) and is_due(step, eval_every, plan, total_steps)
@@ -211,23 +211,27 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                     if evaluating or is_due(step, every, plan, total_steps, epochs=not dev):
                         report.flush()  # the lines of a saved step are not written again on resume
                         save(step, score_dev(step) if evaluating else None)
+                    if stop():
+                        break
             report.flush()
-            finished = step == total_steps
+            finished = step >= total_steps
         except Interrupted:
             finished = False  # the evaluation is made up for on resume
         except (TrainingError, PipelineError, EvaluationError):
+            with contextlib.suppress(TrainingError):
+                report.flush()
             if checkpoints.last() != step:
                 save(step, None)
             raise
         if not finished:
-            if checkpoints.last() != step:
+            if step and checkpoints.last() != step:  # at step 0 there is nothing to lose
                 save(step, None)
             checkpoints.wait()
             monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
             return STOPPED
         checkpoints.wait()
-        board = f"{shlex.quote(sys.executable)} -m tensorboard.main"
-        monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board} --logdir {run_dir.parent}")
+        board = f"{shlex.quote(sys.executable)} -m tensorboard.main --logdir {shlex.quote(str(run_dir.parent))}"
+        monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board}")
         return FINISHED
 
 
@@ -245,9 +249,11 @@ def compile_ahead(
     monitor: Monitor,
     should_stop: Callable[[], bool],
 ) -> dict[tuple[int, ...], TrainStep]:
-    """The training step compiled for each batch shape, by the shape of its audio_BS."""
+    """The training step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop."""
+    if not buckets:
+        return {}
     compiled: dict[tuple[int, ...], TrainStep] = {}
-    temporaries = [0]
+    temporaries: list[int] = []
     start = time.perf_counter()
     for done, bucket in enumerate(buckets):
         if should_stop():
@@ -258,9 +264,10 @@ def compile_ahead(
         if (memory := executable.memory_analysis()) is not None:
             temporaries.append(memory.temp_size_in_bytes)
     monitor.preparing("", len(buckets), len(buckets))
+    needs = f"; a step needs up to {max(temporaries, default=0) / 2**20:.0f} MiB a device beside weights and optimizer"
     monitor.message(
-        f"compiled {len(compiled)} batch shapes in {time.perf_counter() - start:.0f} s; a step needs up to "
-        f"{max(temporaries) / 2**20:.0f} MiB a device beside weights and optimizer"
+        f"compiled {len(compiled)} of {len(buckets)} batch shapes in {time.perf_counter() - start:.0f} s"
+        f"{needs if temporaries else ''}"
     )
     return compiled
 
@@ -334,15 +341,18 @@ class StepReport:
         self.since = time.perf_counter()
 
     def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that has been started."""
-        self.pending = (loaded, metrics)
+        """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
+        before, self.pending = self.pending, (loaded, metrics)
+        if before is not None:
+            self._report(*before)
 
     def flush(self) -> None:
-        """Read and report the step that is held. Raises TrainingError after too many skipped steps in a row."""
-        if self.pending is None:
-            return
-        loaded, device_metrics = self.pending
-        self.pending = None
+        """Report the step that is held. Raises TrainingError, as `hold` does, after too many skipped steps in a row."""
+        before, self.pending = self.pending, None
+        if before is not None:
+            self._report(*before)
+
+    def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
         metrics: StepMetrics = jax.device_get(device_metrics)
         step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
         self.samples += int(np.sum(loaded.batch.audio_lengths_B))

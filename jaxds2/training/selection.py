@@ -1,12 +1,13 @@
 """What a config trains on and is evaluated on: its manifests read, normalised, selected and planned."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxds2.audio import probe_audio
 from jaxds2.config import Config, ConfigError
-from jaxds2.data.manifest import Utterance, read_manifest
+from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
 from jaxds2.data.plan import BatchPlan, select_utterances
 from jaxds2.inference.recognizer import output_frames
 from jaxds2.text import TextError, Vocabulary
@@ -35,8 +36,18 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
     return kept, left_out
 
 
-def training_plan(config: Config, durations_s_N: np.ndarray, label_lengths_N: np.ndarray, *, digest: str) -> BatchPlan:
-    """Which utterances each step trains on. Raises PlanError: there are none.
+def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: Vocabulary) -> BatchPlan:
+    """Which utterances each step trains on."""
+    return plan_batches(
+        config,
+        np.array([u.duration for u in utterances]),
+        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
+        digest=manifest_digest(utterances),
+    )
+
+
+def plan_batches(config: Config, durations_s_N: np.ndarray, label_lengths_N: np.ndarray, *, digest: str) -> BatchPlan:
+    """The batches of a training run. Raises PlanError: there are none.
 
     Args:
       config: the whole configuration.
