@@ -344,9 +344,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from jaxds2.allocator import keep_pages
-
-    keep_pages()
     from jaxds2.demo import demo
 
     config = load_config(arguments.config, arguments.overrides)
