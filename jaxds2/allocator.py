@@ -11,8 +11,8 @@ def keep_pages() -> bool:
 
     On a CPU XLA allocates its temporaries anew in every step. glibc gives blocks this large back at once, so that each
     step has its pages zeroed and mapped again, a quarter of its time (docs/performance.md). Call it before other
-    threads start; what the environment says (`MALLOC_MMAP_MAX_`) is overridden. A model so small that its step needs far
-    less than 64 MiB, such as the demo's, loses instead: its threads wait for each other at the one heap.
+    threads start; what the environment says (`MALLOC_MMAP_MAX_`) is overridden. A model whose step needs far less than
+    64 MiB, such as the demo's, loses instead: its threads wait for each other at the one heap.
 
     Returns:
       Whether it could be set: on Linux with glibc.
