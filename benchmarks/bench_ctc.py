@@ -27,6 +27,7 @@ def main() -> None:
 def compare(rows: int, frames: int, labels: int, classes: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time all columns on one shape; every row has full length."""
     import numpy as np
+    from ctc_float64 import float64_loss_and_gradient
 
     rng = np.random.default_rng(0)
     logits_BUV = rng.standard_normal((rows, frames, classes), np.float32)
@@ -36,7 +37,7 @@ def compare(rows: int, frames: int, labels: int, classes: int, arguments: argpar
     columns = {form: call for form, (call, _) in ours.items()}
     memory = {form: mebibytes for form, (_, mebibytes) in ours.items()}
     columns |= torch_column(logits_BUV, lengths, arguments.threads)
-    exact = np.stack([float64_gradient(logits_BUV[b], labels_BN[b]) for b in range(rows)])
+    exact = np.stack([float64_loss_and_gradient(logits_BUV[b], labels_BN[b])[1] for b in range(rows)])
     medians = side_by_side.rounds(columns, arguments.rounds)
     table = {
         name: {
@@ -84,37 +85,6 @@ def torch_column(logits_BUV, lengths, threads: int) -> dict[str, Callable[[], An
         return x.grad.numpy()
 
     return {"torch": step}
-
-
-def float64_gradient(logits_UV, label_N):
-    """Forward and backward variables in log space, float64."""
-    import numpy as np
-
-    logits = logits_UV.astype(np.float64)
-    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    states = np.zeros(2 * len(label_N) + 1, int)
-    states[1::2] = label_N
-    skips = np.zeros(len(states), bool)
-    skips[2:] = (states[2:] != 0) & (states[2:] != states[:-2])
-
-    def paths_up_to(emissions, skips):
-        alpha = np.full(emissions.shape, -np.inf)
-        alpha[0, :2] = emissions[0, :2]
-        for t in range(1, len(emissions)):
-            stay = alpha[t - 1]
-            near = np.concatenate([[-np.inf], stay])[: len(stay)]
-            far = np.where(skips, np.concatenate([[-np.inf, -np.inf], stay])[: len(stay)], -np.inf)
-            alpha[t] = np.logaddexp(np.logaddexp(stay, near), far) + emissions[t]
-        return alpha
-
-    emissions = log_probs[:, states]
-    turned = np.concatenate([[False, False], skips[::-1]])[: len(skips)]
-    both = paths_up_to(emissions, skips) + paths_up_to(emissions[::-1, ::-1], turned)[::-1, ::-1] - emissions
-    posterior = np.exp(both - np.logaddexp.reduce(both[0]))
-    gradient = np.exp(log_probs)
-    for i, s in enumerate(states):
-        gradient[:, s] -= posterior[:, i]
-    return gradient
 
 
 if __name__ == "__main__":

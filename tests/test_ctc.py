@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ctc_float64 import float64_loss_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,36 +27,6 @@ def brute_force(logits_UV, label) -> float:
         if collapse(path) == tuple(label):
             total += np.exp(sum(log_probs[t, k] for t, k in enumerate(path)))
     return -np.log(total)
-
-
-def float64_loss_and_gradient(logits_UV, label) -> tuple[float, np.ndarray]:
-    """Forward and backward variables in log space, in float64."""
-    logits = np.asarray(logits_UV, np.float64)
-    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    states = np.zeros(2 * len(label) + 1, int)
-    states[1::2] = label
-    skips = np.zeros(len(states), bool)
-    skips[2:] = (states[2:] != 0) & (states[2:] != states[:-2])
-
-    def paths_up_to(emissions, skips):
-        """Log of the probability of all paths to each state, its frame included."""
-        alpha = np.full((len(emissions), len(states)), -np.inf)
-        alpha[0, :2] = emissions[0, :2]
-        for t in range(1, len(emissions)):
-            stay = alpha[t - 1]
-            near = np.concatenate([[-np.inf], stay])[: len(stay)]
-            far = np.where(skips, np.concatenate([[-np.inf, -np.inf], stay])[: len(stay)], -np.inf)
-            alpha[t] = np.logaddexp(np.logaddexp(stay, near), far) + emissions[t]
-        return alpha
-
-    emissions = log_probs[:, states]
-    turned = np.concatenate([[False, False], skips[::-1]])[: len(skips)]
-    both = paths_up_to(emissions, skips) + paths_up_to(emissions[::-1, ::-1], turned)[::-1, ::-1] - emissions
-    likelihood = np.logaddexp.reduce(both[0])
-    gradient = np.exp(log_probs)
-    for i, s in enumerate(states):
-        gradient[:, s] -= np.exp(both[:, i] - likelihood)
-    return -likelihood, gradient
 
 
 LABELS = [[], [1], [2, 1], [1, 1], [1, 2, 1]]
