@@ -22,11 +22,17 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
 def start(description: str, *, threads: int = 1) -> argparse.Namespace:
     """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=10, help="rounds over all columns (default: 10)")
-    parser.add_argument("--threads", type=int, default=threads, help=f"cores to use (default: {threads})")
+    parser.add_argument("--rounds", type=_at_least_one, default=10, help="rounds over all columns (default: 10)")
+    parser.add_argument("--threads", type=_at_least_one, default=threads, help=f"cores to use (default: {threads})")
     parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-DEVICE-NAME.json")
     arguments = parser.parse_args()
