@@ -28,6 +28,8 @@ FLOORS = (
     ("training.step", "training.checkpoint", "training.monitor"),
     (
         "training.selection",
+        "training.compilation",
+        "training.step_report",
         "training.loop",
         "training.dryrun",
         "evaluation.evaluate",
@@ -47,6 +49,9 @@ ARROWS = {
     ("training.loop", "evaluation.evaluate"),
     ("training.loop", "inference.recognizer"),
     ("training.loop", "training.selection"),
+    ("training.loop", "training.compilation"),
+    ("training.loop", "training.step_report"),
+    ("training.step_report", "evaluation.evaluate"),
     ("training.dryrun", "training.selection"),
     ("training.dryrun", "inference.recognizer"),
     ("training.selection", "inference.recognizer"),

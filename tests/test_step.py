@@ -18,7 +18,7 @@ from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import create
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxds2.training.step import TrainState, make_eval_step, make_train_step
+from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step
 
 FEATURES = FeatureConfig(n_mels=20)
 AUGMENT = AugmentConfig(freq_mask_bins=4, mel_warp=0.05)
@@ -53,8 +53,9 @@ def setup(
     tx = make_optimizer(optimizer, total_steps)
     state = TrainState.create(params, tx, ema_decay=ema_decay)
     mesh = data_mesh(devices, rows_multiple=4)
-    step = make_train_step(apply, tx, FEATURES, AUGMENT, mesh=mesh, seed=0, ema_decay=ema_decay, ctc=ctc)
-    return state, jax.jit(step)
+    gradient_step = make_gradient_step(apply, FEATURES, AUGMENT, mesh=mesh, seed=0, ctc=ctc)
+    update_step = make_update_step(tx, ema_decay=ema_decay)
+    return state, jax.jit(lambda state, batch: update_step(state, *gradient_step(state.params, batch)))
 
 
 def run(state, step, steps=5, dtype_promotion="strict", **kwargs):

@@ -6,39 +6,35 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Wrapped
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxds2
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import manifest_digest
-from jaxds2.data.pipeline import LoadedBatch, PipelineError, filler_batch, load_batches
+from jaxds2.data.pipeline import PipelineError, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
-from jaxds2.data.plan import BatchPlan, Bucket
+from jaxds2.data.plan import BatchPlan
 from jaxds2.decoding.greedy import greedy_decode
-from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, Scores, evaluate
+from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
-from jaxds2.training.monitor import Monitor, alignment_picture
-from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxds2.training.compilation import compile_ahead, shapes_ahead
+from jaxds2.training.monitor import Monitor
+from jaxds2.training.optimizer import make_optimizer
 from jaxds2.training.selection import read_dev_data, read_training_data, training_plan
-from jaxds2.training.step import StepMetrics, TrainState, TrainStep, make_eval_step, make_train_step, to_tree
+from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step, to_tree
+from jaxds2.training.step_report import StepReport, TrainingError
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
-
-LOOK_AHEAD = 1000
-"""Batch shapes that occur in this many coming steps are compiled before the first."""
 
 MAY_CHANGE = {
     "data.workers",
@@ -50,10 +46,6 @@ MAY_CHANGE = {
     "training.max_skipped",
 }
 """Fields in which a resumed run may differ from its start: none of them changes what is learnt."""
-
-
-class TrainingError(ValueError):
-    """Training cannot go on; the last good state is saved."""
 
 
 class StopSignal:
@@ -130,18 +122,14 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
         config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=seed
     )
     optimizer = make_optimizer(config.optimizer, total_steps)
-    train_step = make_train_step(
-        apply,
-        optimizer,
-        config.features,
-        config.augment,
-        mesh=mesh,
-        seed=seed,
-        ema_decay=ema_decay,
-        ctc=config.training.ctc,
+    gradient_step = make_gradient_step(
+        apply, config.features, config.augment, mesh=mesh, seed=seed, ctc=config.training.ctc
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None))
+    gradient_step = jax.jit(gradient_step, out_shardings=(everywhere, None))
+    update_step = jax.jit(
+        make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(everywhere, None)
+    )
     eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
 
     renewed: list[str] = []
@@ -198,11 +186,12 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                 stop_step=total_steps,
                 workers=config.data.workers,
             ) as batches:
-                compiled = compile_ahead(train_step, state, mesh, shapes, monitor, stop)
+                compiled = compile_ahead(gradient_step, state.params, mesh, shapes, monitor, stop)
                 report.since = time.perf_counter()
                 for loaded in batches if not stop() else ():
-                    take_step = compiled.get(loaded.batch.audio_BS.shape, train_step)
-                    state, metrics = take_step(state, place(loaded.batch, mesh))
+                    gradient = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
+                    grads, loss = gradient(state.params, place(loaded.batch, mesh))
+                    state, metrics = update_step(state, grads, loss)
                     step += 1
                     report.hold(loaded, metrics)
 
@@ -233,43 +222,6 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
         board = f"{shlex.quote(sys.executable)} -m tensorboard.main --logdir {shlex.quote(str(run_dir.parent))}"
         monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board}")
         return FINISHED
-
-
-def shapes_ahead(plan: BatchPlan, first_step: int, stop_step: int) -> list[Bucket]:
-    """The batch shapes that the coming steps have, in the order in which they are needed."""
-    coming = range(first_step, min(stop_step, first_step + LOOK_AHEAD))
-    return list(dict.fromkeys(plan.step(step).bucket for step in coming))
-
-
-def compile_ahead(
-    train_step: Wrapped,
-    state: TrainState,
-    mesh: Mesh,
-    buckets: Sequence[Bucket],
-    monitor: Monitor,
-    should_stop: Callable[[], bool],
-) -> dict[tuple[int, ...], TrainStep]:
-    """The training step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop."""
-    if not buckets:
-        return {}
-    compiled: dict[tuple[int, ...], TrainStep] = {}
-    temporaries: list[int] = []
-    start = time.perf_counter()
-    for done, bucket in enumerate(buckets):
-        if should_stop():
-            break
-        monitor.preparing("compiling batch shape", done, len(buckets))
-        executable = train_step.lower(state, place(filler_batch(bucket), mesh)).compile()
-        compiled[bucket.rows, bucket.num_samples] = executable
-        if (memory := executable.memory_analysis()) is not None:
-            temporaries.append(memory.temp_size_in_bytes)
-    monitor.preparing("", len(buckets), len(buckets))
-    needs = f"; a step needs up to {max(temporaries, default=0) / 2**20:.0f} MiB a device beside weights and optimizer"
-    monitor.message(
-        f"compiled {len(compiled)} of {len(buckets)} batch shapes in {time.perf_counter() - start:.0f} s"
-        f"{needs if temporaries else ''}"
-    )
-    return compiled
 
 
 def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, epochs: bool = True) -> bool:
@@ -323,92 +275,3 @@ def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Para
     return {
         name: value if name in renewed else jax.numpy.asarray(trained[name]) for name, value in params.items()
     }, renewed
-
-
-class StepReport:
-    """Turns the metrics of steps into lines, curves and names; it never waits for the step that is running."""
-
-    def __init__(self, config: Config, plan: BatchPlan, ids: list[str], monitor: Monitor, total_steps: int):
-        self.config = config
-        self.plan = plan
-        self.ids = ids
-        self.monitor = monitor
-        self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.pending: tuple[LoadedBatch, StepMetrics] | None = None
-        self.losses: list[float] = []
-        self.samples = self.padded_samples = 0
-        self.infeasible = self.unreadable = 0
-        self.since = time.perf_counter()
-
-    def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
-        before, self.pending = self.pending, (loaded, metrics)
-        if before is not None:
-            self._report(*before)
-
-    def flush(self) -> None:
-        """Report the step that is held. Raises TrainingError, as `hold` does, after too many skipped steps in a row."""
-        before, self.pending = self.pending, None
-        if before is not None:
-            self._report(*before)
-
-    def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
-        metrics: StepMetrics = jax.device_get(device_metrics)
-        step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
-        self.samples += int(np.sum(loaded.batch.audio_lengths_B))
-        self.padded_samples += loaded.batch.audio_BS.size
-        for line in loaded.failures:
-            self.unreadable += 1
-            self.monitor.message(f"step {step}: left out, {line}")
-        if metrics.infeasible_B.any():
-            names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
-            self.infeasible += len(names)
-            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
-        if metrics.finite:
-            self.losses.append(float(metrics.loss))
-        else:
-            names = " ".join(self.ids[i] for i in index_B if i >= 0)
-            self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
-            if metrics.skipped_in_row >= self.config.training.max_skipped:
-                raise TrainingError(
-                    f"step {step}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
-                    f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
-                )
-        done = step + 1
-        self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
-        if done % self.config.training.log_every == 0:
-            self._log(done, metrics)
-
-    def _log(self, step: int, metrics: StepMetrics) -> None:
-        now = time.perf_counter()
-        seconds = self.samples / self.config.features.sample_rate
-        learning_rate = float(np.asarray(self.schedule(step - 1 - int(metrics.skipped))))
-        self.monitor.scalars(
-            step,
-            {
-                "train/loss": float(np.mean(self.losses)) if self.losses else float("nan"),
-                "train/learning_rate": learning_rate,
-                "train/grad_norm": float(metrics.grad_norm),
-                "train/skipped": int(metrics.skipped),
-                "train/infeasible": self.infeasible,
-                "train/unreadable": self.unreadable,
-                "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
-                "train/audio_hours_per_hour": seconds / (now - self.since),
-                "train/epoch": self.plan.locate(step)[0],
-            },
-        )
-        self.losses.clear()
-        self.samples = self.padded_samples = 0
-        self.since = now
-
-    def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
-        """Report a score on the dev manifest; the time that it took does not count as training."""
-        self.since += scores.wall_seconds
-        values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
-        self.monitor.scalars(step, values)
-        self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
-        if scores.infeasible:
-            names = " ".join(scores.infeasible)
-            self.monitor.message(f"step {step}: left out of the dev loss, label longer than its frames: {names}")
-        self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
-        self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))

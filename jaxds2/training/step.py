@@ -68,31 +68,43 @@ class StepMetrics:
     """Rows left out because their label does not fit their frames, bool."""
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one batch."""
+
+    loss: jax.Array
+    """Nats per label over the batch, float32."""
+    utterances: jax.Array
+    """Rows that count in the loss, int32."""
+    infeasible_B: jax.Array
+    """Rows left out because their label does not fit their frames, bool."""
+
+
+GradientStep = Callable[[Params, Batch], tuple[Params, BatchLoss]]
+UpdateStep = Callable[[TrainState, Params, BatchLoss], tuple[TrainState, StepMetrics]]
 LogMel = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def make_train_step(
+def make_gradient_step(
     apply: Apply,
-    optimizer: optax.GradientTransformation,
     features: FeatureConfig,
     augment: AugmentConfig,
     *,
     mesh: Mesh,
     seed: int,
-    ema_decay: float,
     ctc: Implementation = "optax",
-) -> TrainStep:
-    """The training step, to be jitted with its state donated.
+) -> GradientStep:
+    """The first half of a training step, to be jitted: (params, batch) to (gradient, loss).
+
+    It is compiled once for each batch shape, the update only once, because that does not see the batch.
 
     The loss is the sum of the utterances' negative log-likelihoods over the number of their labels, so that neither the
-    number of devices nor filler rows nor the bucket's length changes an utterance's weight. A step whose loss or
-    gradient is not finite leaves everything as it was, except the counts.
+    number of devices nor filler rows nor the bucket's length changes an utterance's weight.
     """
-
     log_mel_of_mesh = _sharded_log_mel(mesh, features)
 
-    def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, BatchLoss]:
         features_BTF, feature_lengths_B = _features(batch, log_mel_of_mesh, augment, keys_B)
         dropout_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _DROPOUT)
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B, dropout_keys_B=dropout_keys_B)
@@ -101,13 +113,24 @@ def make_train_step(
         loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B, implementation=ctc)
         labels = jnp.sum(jnp.where(usable_B, batch.label_lengths_B, 0))
         loss = jnp.sum(jnp.where(usable_B, loss_B, 0.0)) / jnp.maximum(labels, 1).astype(jnp.float32)
-        return loss, (usable_B, present_B & ~usable_B)
+        return loss, BatchLoss(loss, jnp.sum(usable_B), present_B & ~usable_B)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def gradient_step(params: Params, batch: Batch) -> tuple[Params, BatchLoss]:
         keys_B = utterance_keys(seed, batch.epoch, batch.index_B)
-        (loss, (usable_B, infeasible_B)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, keys_B)
+        return jax.grad(loss_fn, has_aux=True)(params, batch, keys_B)
+
+    return gradient_step
+
+
+def make_update_step(optimizer: optax.GradientTransformation, *, ema_decay: float) -> UpdateStep:
+    """The second half, to be jitted with its state donated: (state, gradient, loss) to (state, metrics).
+
+    A step whose loss or gradient is not finite leaves everything as it was, except the counts.
+    """
+
+    def update_step(state: TrainState, grads: Params, batch_loss: BatchLoss) -> tuple[TrainState, StepMetrics]:
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(batch_loss.loss) & jnp.isfinite(grad_norm)
 
         with jax.numpy_dtype_promotion("standard"):  # our own code is tested under strict promotion; optax's is not
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -131,17 +154,17 @@ def make_train_step(
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
         metrics = StepMetrics(
-            loss=loss,
+            loss=batch_loss.loss,
             grad_norm=grad_norm,
             finite=finite,
             skipped=new_state.skipped,
             skipped_in_row=new_state.skipped_in_row,
-            utterances=jnp.sum(usable_B),
-            infeasible_B=infeasible_B,
+            utterances=batch_loss.utterances,
+            infeasible_B=batch_loss.infeasible_B,
         )
         return new_state, metrics
 
-    return train_step
+    return update_step
 
 
 @jax.tree_util.register_dataclass

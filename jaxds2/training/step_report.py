@@ -1,0 +1,108 @@
+"""What training says of its steps and scores: lines, curves and names."""
+
+import time
+
+import jax
+import numpy as np
+
+from jaxds2.config import Config
+from jaxds2.data.pipeline import LoadedBatch
+from jaxds2.data.plan import BatchPlan
+from jaxds2.evaluation.evaluate import Scores
+from jaxds2.text import Vocabulary
+from jaxds2.training.monitor import Monitor, alignment_picture
+from jaxds2.training.optimizer import learning_rate_schedule
+from jaxds2.training.step import StepMetrics
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the last good state is saved."""
+
+
+class StepReport:
+    """Turns the metrics of steps into lines, curves and names; it never waits for the step that is running."""
+
+    def __init__(self, config: Config, plan: BatchPlan, ids: list[str], monitor: Monitor, total_steps: int):
+        self.config = config
+        self.plan = plan
+        self.ids = ids
+        self.monitor = monitor
+        self.schedule = learning_rate_schedule(config.optimizer, total_steps)
+        self.pending: tuple[LoadedBatch, StepMetrics] | None = None
+        self.losses: list[float] = []
+        self.samples = self.padded_samples = 0
+        self.infeasible = self.unreadable = 0
+        self.since = time.perf_counter()
+
+    def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
+        """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
+        before, self.pending = self.pending, (loaded, metrics)
+        if before is not None:
+            self._report(*before)
+
+    def flush(self) -> None:
+        """Report the step that is held. Raises TrainingError, as `hold` does, after too many skipped steps in a row."""
+        before, self.pending = self.pending, None
+        if before is not None:
+            self._report(*before)
+
+    def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
+        metrics: StepMetrics = jax.device_get(device_metrics)
+        step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
+        self.samples += int(np.sum(loaded.batch.audio_lengths_B))
+        self.padded_samples += loaded.batch.audio_BS.size
+        for line in loaded.failures:
+            self.unreadable += 1
+            self.monitor.message(f"step {step}: left out, {line}")
+        if metrics.infeasible_B.any():
+            names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
+            self.infeasible += len(names)
+            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
+        if metrics.finite:
+            self.losses.append(float(metrics.loss))
+        else:
+            names = " ".join(self.ids[i] for i in index_B if i >= 0)
+            self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
+            if metrics.skipped_in_row >= self.config.training.max_skipped:
+                raise TrainingError(
+                    f"step {step}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
+                    f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
+                )
+        done = step + 1
+        self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
+        if done % self.config.training.log_every == 0:
+            self._log(done, metrics)
+
+    def _log(self, step: int, metrics: StepMetrics) -> None:
+        now = time.perf_counter()
+        seconds = self.samples / self.config.features.sample_rate
+        learning_rate = float(np.asarray(self.schedule(step - 1 - int(metrics.skipped))))
+        self.monitor.scalars(
+            step,
+            {
+                "train/loss": float(np.mean(self.losses)) if self.losses else float("nan"),
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": float(metrics.grad_norm),
+                "train/skipped": int(metrics.skipped),
+                "train/infeasible": self.infeasible,
+                "train/unreadable": self.unreadable,
+                "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
+                "train/audio_hours_per_hour": seconds / (now - self.since),
+                "train/epoch": self.plan.locate(step)[0],
+            },
+        )
+        self.losses.clear()
+        self.samples = self.padded_samples = 0
+        self.since = now
+
+    def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
+        """Report a score on the dev manifest; the time that it took does not count as training."""
+        self.since += scores.wall_seconds
+        values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
+        self.monitor.scalars(step, values)
+        self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
+        if scores.infeasible:
+            names = " ".join(scores.infeasible)
+            self.monitor.message(f"step {step}: left out of the dev loss, label longer than its frames: {names}")
+        self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
+        self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))
