@@ -15,6 +15,8 @@ from jaxds2.config import AugmentConfig
 # Random streams. The first two keep this module's draws apart from others that start at the same seed.
 _SPEED_STREAM, _DEVICE_STREAM = 1, 2
 _SNR, _NOISE, _WARP, _FREQ_MASKS, _TIME_MASKS = range(5)
+STREAMS = 5
+"""Streams of an utterance's key that this module draws from, counted from 0; those of others begin here."""
 
 
 def draw_speeds(seed: int, epoch: int, num_utterances: int, spread: float) -> np.ndarray:

@@ -179,6 +179,10 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout on each residual branch, one mask for all frames of an utterance."""
     scan: Literal["auto", "associative", "sequential", "fused"] = "auto"
+    """Form of the recurrence; `auto` is `fused` on a CPU, `associative` elsewhere."""
+    scan_layers: bool = False
+    """Run the layers as one loop over their stacked weights, so that XLA compiles one layer instead of all; the same
+    values, weights and checkpoints."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -248,6 +252,12 @@ class TrainingConfig:
     and normalisation are always float32."""
     ctc: Literal["optax", "fused"] = "optax"
     """Form of the training loss: optax's, or ours with its gradient in closed form; see ctc.ctc_loss."""
+    consistency: float = 0.0
+    """Weight of the consistency between two augmented views of each utterance, which doubles the cost of a batch
+    (CR-CTC, whose paper has 0.2); 0: one view. `data.batch_seconds` counts an utterance once."""
+    fast_random: bool = False
+    """Draw dropout's bits with the device's own generator instead of threefry; its masks may then change with the
+    number of devices, the batch around an utterance and the version of XLA; see docs/numerics.md."""
     devices: int | None = None
     """Number of local devices to use; None: all."""
     ema_decay: float = 0.999
@@ -269,6 +279,7 @@ class TrainingConfig:
         for name in ("epochs", "steps", "checkpoint_every", "eval_every", "devices"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name}={value}: must be at least 1")
+        _require(self.consistency >= 0, f"training.consistency={self.consistency}: must be 0 or more")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay={self.ema_decay}: must be in [0, 1)")
         _require(self.log_every >= 1, f"training.log_every={self.log_every}: must be at least 1")
         _require(self.max_skipped >= 1, f"training.max_skipped={self.max_skipped}: must be at least 1")

@@ -70,6 +70,25 @@ def ctc_loss(
     return jnp.where(ok_B, jnp.maximum(loss_B, 0.0), 0.0)
 
 
+def consistency_loss(logits_BUV: jax.Array, logit_lengths_B: jax.Array) -> jax.Array:
+    """How far apart two views of each utterance are read, in nats, float32 (B / 2,).
+
+    CR-CTC (Yao et al. 2024, arXiv 2410.05101, section 3.2): the Kullback-Leibler divergence between the classes of each
+    frame, from either view to the other, half of each, summed over the valid frames. A view learns from the other as
+    it stands: the distribution that is learnt from has no gradient.
+
+    Args:
+      logits_BUV: rows 2 i and 2 i + 1 are the views of utterance i; what stands beyond its length is ignored.
+      logit_lengths_B: valid frames, the same in both views.
+    """
+    valid_BU1 = (jnp.arange(logits_BUV.shape[1])[None, :] < logit_lengths_B[:, None])[..., None]
+    log_probs_BUV = jax.nn.log_softmax(jnp.where(valid_BU1, logits_BUV.astype(jnp.float32), 0.0), axis=-1)
+    views_B2UV = log_probs_BUV.reshape(-1, 2, *log_probs_BUV.shape[1:])
+    other_B2UV = jax.lax.stop_gradient(views_B2UV[:, ::-1])
+    apart_B2UV = jnp.exp(other_B2UV) * (other_B2UV - views_B2UV)
+    return jnp.sum(apart_B2UV, axis=(1, 2, 3)) / 2
+
+
 @jax.custom_vjp
 def _fused(logits_BUV: jax.Array, lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array) -> jax.Array:
     return _forward_backward(logits_BUV, lengths_B, labels_BN, label_lengths_B, with_gradient=False)[0]

@@ -11,7 +11,7 @@ from ctc_float64 import float64_loss_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.ctc import ctc_loss, feasible, min_frames
+from jaxds2.ctc import consistency_loss, ctc_loss, feasible, min_frames
 
 
 def collapse(path):
@@ -103,6 +103,23 @@ def test_the_gradient_of_long_utterances_against_float64(form, error, scale):
         print(f"{form}, logits of scale {scale:g}, {lengths[b]} frames: gradient error {worst:.1e}")
         assert worst < error * scale
         np.testing.assert_array_equal(grads[b, lengths[b] :], 0)
+
+
+def test_views_are_apart_by_half_the_divergence_of_each_from_the_other():
+    logits = 2 * jax.random.normal(jax.random.key(0), (4, 6, 3))
+    lengths = jnp.array([6, 6, 4, 4])
+    want = []
+    for first, second, frames in ((0, 1, 6), (2, 3, 4)):
+        p, q = (np.asarray(jax.nn.softmax(logits[row, :frames]), np.float64) for row in (first, second))
+        want.append(np.sum(p * np.log(p / q) + q * np.log(q / p)) / 2)
+    np.testing.assert_allclose(consistency_loss(logits, lengths), want, rtol=1e-5)
+    poisoned = logits.at[2:, 4:].set(jnp.nan)
+    value, grads = jax.value_and_grad(lambda x: jnp.sum(consistency_loss(x, lengths)))(poisoned)
+    np.testing.assert_allclose(value, sum(want), rtol=1e-5)
+    np.testing.assert_array_equal(grads[2:, 4:], 0)
+    # Towards the other view, which stands still: the gradient of a cross-entropy, halved.
+    probs = jax.nn.softmax(logits[:2])
+    np.testing.assert_allclose(grads[:2], (probs - probs[::-1]) / 2, atol=1e-6)
 
 
 @settings(max_examples=200)

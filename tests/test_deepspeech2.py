@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxprs import equations
 
 from jaxds2.config import ModelConfig
 from jaxds2.model.deepspeech2 import DeepSpeech2, DepthwiseConv, Dropout, create, output_lengths, subsampling_factor
@@ -119,9 +120,9 @@ def test_depthwise_convolution_by_definition(left, right):
 def test_dropout_is_one_mask_over_time_keyed_by_the_utterance_alone():
     keys_B = jax.random.split(jax.random.key(0), 3)
     x_UBD = jnp.ones((6, 3, 400))
-    y_UBD = Dropout(0.25, keys_B, places=2, width=400)(x_UBD)
+    y_UBD = Dropout.draw(0.25, keys_B, places=2, width=400)(x_UBD)
     np.testing.assert_array_equal(y_UBD, jnp.broadcast_to(y_UBD[:1], y_UBD.shape))
-    alone_UBD = Dropout(0.25, keys_B[1:2], places=2, width=400)(x_UBD[:, :1])
+    alone_UBD = Dropout.draw(0.25, keys_B[1:2], places=2, width=400)(x_UBD[:, :1])
     np.testing.assert_array_equal(alone_UBD[:, 0], y_UBD[:, 1])
     assert not np.array_equal(y_UBD[0, 0], y_UBD[0, 1])
     np.testing.assert_allclose(np.unique(y_UBD), [0, 1 / 0.75], rtol=1e-6)
@@ -129,10 +130,10 @@ def test_dropout_is_one_mask_over_time_keyed_by_the_utterance_alone():
 
 
 def test_every_place_of_dropout_has_its_own_mask_and_none_when_evaluating():
-    dropout = Dropout(0.5, jax.random.split(jax.random.key(0), 2), places=2, width=50)
+    dropout = Dropout.draw(0.5, jax.random.split(jax.random.key(0), 2), places=2, width=50)
     x_UBD = jnp.ones((1, 2, 50))
     assert not np.array_equal(dropout(x_UBD), dropout(x_UBD))
-    np.testing.assert_array_equal(Dropout(0.5, None, places=2, width=50)(x_UBD), x_UBD)
+    np.testing.assert_array_equal(Dropout.draw(0.5, None, places=2, width=50)(x_UBD), x_UBD)
 
 
 @pytest.mark.parametrize("feed_forward", [0, 8])
@@ -143,6 +144,27 @@ def test_every_branch_is_dropped_once(feed_forward):
     logits_BUV, _ = jax.jit(apply)(params, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)
     # With next to everything dropped the residual stream is zero and only the head's bias is left.
     np.testing.assert_allclose(logits_BUV, jnp.broadcast_to(params["head.bias"], logits_BUV.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_in_one_loop_equal_layers_one_by_one(model, dropout):
+    keys_B = jax.random.split(jax.random.key(0), 3) if dropout else None
+    values, gradients = [], []
+    for scan_layers in (False, True):
+        form = dataclasses.replace(model, dropout=dropout, scan_layers=scan_layers)
+        apply, params = create(F, V, form, dtype=jnp.float32)
+
+        def loss(params, apply=apply):
+            return jnp.mean(jnp.square(apply(params, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)[0]))
+
+        loops = [e for e in equations(jax.make_jaxpr(loss)(params)) if e.primitive.name == "scan"]
+        assert any(e.params["length"] == model.layers for e in loops) == scan_layers
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        values.append(value)
+        gradients.append(gradient)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-6)
+    for name, want in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], want, atol=1e-6 * float(jnp.abs(want).max()), rtol=1e-5)
 
 
 def test_split_and_merged_equals_the_module():

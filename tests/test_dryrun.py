@@ -170,6 +170,15 @@ def test_parameters_are_counted_once_by_part(manifest_config: Config):
     assert found.memory["optimizer"] >= 2 * found.memory["parameters"]
 
 
+def test_two_views_cost_twice_the_operations_and_activations(manifest_config: Config):
+    one, two = dry_run(manifest_config), dry_run(override(manifest_config, ["training.consistency=0.2"]))
+    assert two.training_flops_per_step == 2 * one.training_flops_per_step
+    assert two.memory["activations"] == 2 * one.memory["activations"]
+    assert two.memory["gradients"] == one.memory["gradients"]
+    assert "in two views" in two.render()
+    assert "in two views" not in one.render()
+
+
 def test_no_average_costs_no_memory(manifest_config: Config):
     assert dry_run(manifest_config).memory["EMA"] > 0
     assert dry_run(override(manifest_config, ["training.ema_decay=0"])).memory["EMA"] == 0

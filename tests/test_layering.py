@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxds2"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
-    ("config", "text", "audio", "files", "allocator"),
+    ("config", "text", "audio", "files", "allocator", "model.cell"),
     (
         "features",
         "augment",
@@ -21,6 +21,7 @@ FLOORS = (
         "data.manifest",
         "data.download",
         "model.scan",
+        "model.mosaic",
         "training.optimizer",
         "evaluation.metrics",
     ),
@@ -43,6 +44,7 @@ FLOORS = (
 ARROWS = {
     ("config", "files"),
     ("model.deepspeech2", "model.mingru"),
+    ("model.scan", "model.mosaic"),
     ("data.pipeline", "data.plan"),
     ("decoding.beam", "decoding.lm"),
     ("data.placement", "data.pipeline"),

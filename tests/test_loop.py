@@ -125,6 +125,13 @@ def test_a_shape_that_was_not_compiled_ahead_gives_the_same_step(tones, whole, t
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
+def test_a_step_makes_no_copy_that_was_not_asked_for(tones, tmp_path, monkeypatch):
+    """Such a copy would wait for the device; here the batch stays on the host, where a jitted call would fetch it."""
+    monkeypatch.setattr(loop, "place", lambda batch, mesh: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(config(tones), tmp_path / "run", progress=False)
+
+
 def test_other_training_manifests_are_refused_on_resume(tones, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     write_manifest(tmp_path / "train.jsonl", read_manifest(tones / "train.jsonl")[1:])
@@ -206,11 +213,15 @@ def test_metrics_hold_what_people_watch(learnt):
         "infeasible",
         "padding_share",
         "audio_hours_per_hour",
+        "data_wait_share",
     ):
         assert f"train/{name}" in last
     assert {"dev/loss", "dev/wer", "dev/cer"} <= set(last)
     assert last["dev/wer"] == 0
     assert 0 < last["train/padding_share"] < 0.9
+    shares = [line["train/data_wait_share"] for line in metrics(learnt).values() if "train/data_wait_share" in line]
+    assert all(0 <= share < 1 for share in shares)
+    assert any(shares)
     assert last["train/learning_rate"] < 1e-3
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxds2.model.cell import Candidate
 from jaxds2.model.mingru import MinGRU
-from jaxds2.model.scan import Candidate, Implementation
+from jaxds2.model.scan import Implementation
 
 
 def layer(candidate: Candidate = "linear", implementation: Implementation = "associative", gate_bias=0.0) -> MinGRU:

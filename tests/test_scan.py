@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import equations
 
-from jaxds2.model.scan import (
-    Candidate,
-    Implementation,
-    activate_candidate,
-    linear_recurrence,
-    mingru_recurrence,
-    mingru_step,
-)
+from jaxds2.model.cell import Candidate, activate_candidate
+from jaxds2.model.scan import Implementation, linear_recurrence, mingru_recurrence, mingru_recurrences, mingru_step
 
 FORMS: list[Implementation] = ["associative", "sequential", "fused"]
 CANDIDATES: list[Candidate] = ["linear", "g"]
@@ -70,6 +64,31 @@ def test_gradients_equal_those_of_the_sequential_form(form, candidate_fn: Candid
     want = jax.grad(loss, argnums=(1, 2, 3))("sequential", *inputs(T))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_directions_together_equal_each_by_itself(form):
+    gates, candidates, h0s = map(tuple, zip(inputs(9), inputs(9, seed=1), strict=True))
+    reverses = (False, True)
+
+    def together(gates, candidates, h0s):
+        return mingru_recurrences(gates, candidates, h0s, candidate_fn="g", reverses=reverses, implementation=form)
+
+    def apart(gates, candidates, h0s):
+        ways = zip(gates, candidates, h0s, reverses, strict=True)
+        hs, lasts = zip(
+            *(
+                mingru_recurrence(g, c, h0, candidate_fn="g", reverse=reverse, implementation=form)
+                for g, c, h0, reverse in ways
+            ),
+            strict=True,
+        )
+        return hs, lasts
+
+    got, pull_got = jax.vjp(together, gates, candidates, h0s)
+    want, pull_want = jax.vjp(apart, gates, candidates, h0s)
+    for g, w in zip(jax.tree.leaves((got, pull_got(want))), jax.tree.leaves((want, pull_want(want))), strict=True):
+        np.testing.assert_array_equal(g, w)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -184,12 +203,13 @@ def test_each_implementation_is_really_used():
         return {eqn.primitive.name for eqn in equations(program)}
 
     assert "scan" not in trace("associative")
+    assert "custom_vjp_call" in trace("associative")
     assert "scan" in trace("sequential")
     assert "custom_vjp_call" not in trace("sequential")
     assert "custom_vjp_call" in trace("fused")
 
 
-def test_fused_keeps_no_array_of_full_size_but_gate_candidate_and_state():
+def test_a_reverse_rule_of_our_own_keeps_no_array_of_full_size_but_gate_candidate_and_state():
     gate, candidate, h0 = inputs(16)
 
     def residuals(form):
@@ -200,6 +220,7 @@ def test_fused_keeps_no_array_of_full_size_but_gate_candidate_and_state():
         return sum(leaf.size == gate.size for leaf in jax.tree.leaves(vjp))
 
     assert residuals("fused") == 3
+    assert residuals("associative") == 3
     assert residuals("sequential") > 3
 
 

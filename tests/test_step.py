@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jaxprs import equations
 
+from jaxds2 import augment
 from jaxds2.augment import add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig, ModelConfig, OptimizerConfig
 from jaxds2.ctc import Implementation, ctc_loss
@@ -17,6 +18,7 @@ from jaxds2.data.pipeline import Batch
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import create
+from jaxds2.training import step as step_module
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step
 
@@ -48,12 +50,16 @@ def setup(
     total_steps=60,
     devices=1,
     ctc: Implementation = "optax",
+    fast_random=False,
+    consistency=0.0,
 ):
     apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
     tx = make_optimizer(optimizer, total_steps)
     state = TrainState.create(params, tx, ema_decay=ema_decay)
     mesh = data_mesh(devices, rows_multiple=4)
-    gradient_step = make_gradient_step(apply, FEATURES, AUGMENT, mesh=mesh, seed=0, ctc=ctc)
+    gradient_step = make_gradient_step(
+        apply, FEATURES, AUGMENT, mesh=mesh, seed=0, ctc=ctc, fast_random=fast_random, consistency=consistency
+    )
     update_step = make_update_step(tx, ema_decay=ema_decay)
     return state, jax.jit(lambda state, batch: update_step(state, *gradient_step(state.params, batch)))
 
@@ -210,20 +216,24 @@ def test_in_bfloat16_every_loop_over_time_the_loss_and_the_state_are_float32(sca
         assert dtypes == {jnp.dtype("float32")}
 
 
+LOSSES = [("optax", 0.0), ("fused", 0.0), ("optax", 0.2)]
+"""Form of CTC, and weight of the consistency of two views."""
+
+
 @functools.cache
-def compiled(devices: int, ctc: Implementation = "optax"):
+def compiled(devices: int, ctc: Implementation = "optax", consistency: float = 0.0):
     """The mesh, the state before the first step, and the step compiled for so many devices."""
     mesh = data_mesh(devices, rows_multiple=4)
-    state, step = setup(devices=devices, ctc=ctc)
+    state, step = setup(devices=devices, ctc=ctc, consistency=consistency)
     state = replicate(state, mesh)
     return mesh, state, step.lower(state, place(batch(), mesh)).compile()
 
 
-@pytest.mark.parametrize("ctc", ["optax", "fused"])
-def test_two_devices_and_one_lose_the_same_over_fifty_steps(ctc):
+@pytest.mark.parametrize(("ctc", "consistency"), LOSSES)
+def test_two_devices_and_one_lose_the_same_over_fifty_steps(ctc, consistency):
     losses = {}
     for devices in (1, 2):
-        mesh, state, step = compiled(devices, ctc)
+        mesh, state, step = compiled(devices, ctc, consistency)
         losses[devices] = []
         for s in range(50):
             state, metrics = step(state, place(batch(seed=s), mesh))
@@ -247,16 +257,17 @@ def test_two_devices_and_one_draw_the_same():
         np.testing.assert_array_equal(from_two, from_one)
 
 
-@pytest.mark.parametrize("ctc", ["optax", "fused"])
-def test_the_compiled_step_reduces_gradients_over_devices(ctc):
-    programs = {devices: str(compiled(devices, ctc)[2].as_text()) for devices in (1, 2)}
+@pytest.mark.parametrize(("ctc", "consistency"), LOSSES)
+def test_the_compiled_step_reduces_gradients_over_devices(ctc, consistency):
+    programs = {devices: str(compiled(devices, ctc, consistency)[2].as_text()) for devices in (1, 2)}
     assert "all-reduce" in programs[2]
     assert "all-gather" not in programs[2]  # each device works on its own rows, the FFT included
     assert "all-reduce" not in programs[1]
 
 
-def test_a_filler_row_changes_nothing():
-    state, step = setup()
+@pytest.mark.parametrize("consistency", [0.0, 0.2])
+def test_a_filler_row_changes_nothing(consistency):
+    state, step = setup(consistency=consistency)
     full = batch(rows=4)
     padded = Batch(
         *(
@@ -277,8 +288,34 @@ def test_a_filler_row_changes_nothing():
         assert np.quantile(difference, 0.9) < 1e-4, name
 
 
-def test_a_label_that_cannot_fit_is_named_and_left_out():
-    state, step = setup()
+def test_consistent_views_cost_their_mean_loss_and_how_far_they_are_apart():
+    """Without augmentation and dropout both views are one, so that the loss is that of a single view."""
+    model, none = dataclasses.replace(MODEL, dropout=0.0), AugmentConfig(freq_masks=0, time_masks=0)
+    apply, params = create(FEATURES.n_mels, V, model, dtype=jnp.float32)
+    mesh = data_mesh(1, rows_multiple=4)
+
+    def loss(augment, consistency):
+        step = make_gradient_step(apply, FEATURES, augment, mesh=mesh, seed=0, consistency=consistency)
+        return jax.jit(step)(params, batch())
+
+    grads, one = loss(none, 0.0)
+    grads_twice, same = loss(none, 7.0)
+    np.testing.assert_allclose(same.loss, one.loss, rtol=1e-6)
+    for name, value in grads.items():
+        np.testing.assert_allclose(grads_twice[name], value, atol=1e-5 * float(jnp.abs(value).max()), err_msg=name)
+    little, much = (float(loss(AUGMENT, weight)[1].loss) for weight in (1.0, 2.0))
+    assert little < much
+
+
+def test_the_streams_of_an_utterances_key_are_apart():
+    streams = [value for name, value in vars(augment).items() if name in ("_SNR", "_NOISE", "_WARP")]
+    streams += [augment._FREQ_MASKS, augment._TIME_MASKS, step_module._DROPOUT, step_module._SECOND_VIEW]
+    assert sorted(streams) == list(range(7))
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.2])
+def test_a_label_that_cannot_fit_is_named_and_left_out(consistency):
+    state, step = setup(consistency=consistency)
     good = batch()
     bad = dataclasses.replace(good, audio_lengths_B=good.audio_lengths_B.copy(), labels_BN=good.labels_BN.copy())
     bad.audio_lengths_B[2] = 900  # 3 frames in, 1 out
@@ -310,6 +347,22 @@ def test_augmentation_and_dropout_change_with_the_epoch_and_not_with_the_batch()
     losses = [float(step(state, batch(epoch=epoch))[1].loss) for epoch in (0, 1, 0)]
     assert losses[0] == losses[2]
     assert losses[0] != losses[1]
+
+
+def generators(program) -> set[str]:
+    """Which generators a program draws random bits with."""
+    return {str(eqn.invars[0].aval).split("[")[0] for eqn in equations(program) if eqn.primitive.name == "random_bits"}
+
+
+def test_dropout_draws_with_threefry_unless_told_otherwise():
+    assert generators(trace(*setup())) == {"key<fry>"}
+    assert generators(trace(*setup(fast_random=True))) == {"key<fry>", "key<rbg>"}
+
+
+def test_dropout_with_the_devices_own_generator_trains():
+    _, losses = run(*setup(fast_random=True))
+    assert np.isfinite(losses).all()
+    assert not np.array_equal(losses, run(*setup())[1])
 
 
 def test_the_average_follows_the_weights():

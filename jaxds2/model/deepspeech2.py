@@ -5,7 +5,6 @@ unidirectional with the paper's lookahead convolution), a CTC head. Every layer 
 padding, NaN included, never reaches a valid frame, so an utterance gets the same log-probabilities in any batch.
 """
 
-from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxds2.config import ModelConfig
-from jaxds2.model.mingru import MinGRU
+from jaxds2.model.mingru import MinGRU, both_ways
 
 Count = TypeVar("Count", int, np.ndarray, jax.Array)
 
@@ -46,7 +45,13 @@ class Dropout:
     The mask does not depend on the batch around the utterance, nor on the number of devices.
     """
 
-    def __init__(self, rate: float, keys_B: jax.Array | None, *, places: int, width: int):
+    def __init__(self, scales_PBD: jax.Array | None):
+        """Drop with given masks: 0 or 1 / (1 - rate) for each place P where it is applied; None: no dropout."""
+        self.scales_PBD = scales_PBD
+        self.place = 0
+
+    @classmethod
+    def draw(cls, rate: float, keys_B: jax.Array | None, *, places: int, width: int) -> "Dropout":
         """Draw the masks.
 
         Args:
@@ -55,17 +60,25 @@ class Dropout:
           places: how often it will be applied; every place has masks of its own.
           width: channels D.
         """
-        self.scales: Iterator[jax.Array] | None = None
-        if keys_B is not None and rate > 0:
-            # All places at once: XLA takes a second to compile each call of threefry on a CPU.
-            keep_BPD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (places, width)))(keys_B)
-            self.scales = iter(jnp.swapaxes(jnp.where(keep_BPD, 1 / (1 - rate), 0.0), 0, 1))
+        if keys_B is None or rate == 0:
+            return cls(None)
+        # All places at once: XLA takes a second to compile each call of threefry on a CPU.
+        keep_BPD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (places, width)))(keys_B)
+        return cls(jnp.swapaxes(jnp.where(keep_BPD, 1 / (1 - rate), 0.0), 0, 1))
 
     def __call__(self, x_UBD: jax.Array) -> jax.Array:
         """Drop whole channels of x and scale the rest by 1 / (1 - rate)."""
-        if self.scales is None:
+        if self.scales_PBD is None:
             return x_UBD
-        return x_UBD * next(self.scales).astype(x_UBD.dtype)[None]
+        scale_BD, self.place = self.scales_PBD[self.place], self.place + 1
+        return x_UBD * scale_BD.astype(x_UBD.dtype)[None]
+
+    def left(self, layers: int) -> jax.Array | None:
+        """The masks that have not been used, split evenly over so many layers: scales_LPBD."""
+        if self.scales_PBD is None:
+            return None
+        left_PBD = self.scales_PBD[self.place :]
+        return left_PBD.reshape(layers, -1, *left_PBD.shape[1:])
 
 
 class FrontEnd(nnx.Module):
@@ -172,10 +185,10 @@ class RecurrentLayer(nnx.Module):
         y_UBD = _mask(self.norm(x_UBD), lengths_B)
         if self.depthwise is not None:
             y_UBD = self.depthwise(y_UBD)
-        h_UBH, _ = self.forward(y_UBD, lengths_B)
         if self.backward is not None:
-            back_UBH, _ = self.backward(y_UBD, lengths_B, reverse=True)
-            h_UBH = jnp.concatenate([h_UBH, back_UBH], axis=-1)
+            h_UBH = both_ways(self.forward, self.backward, y_UBD, lengths_B)
+        else:
+            h_UBH, _ = self.forward(y_UBD, lengths_B)
         x_UBD = x_UBD + dropout(self.output(h_UBH))
         if self.feed_forward is not None:
             x_UBD = x_UBD + dropout(self.feed_forward(x_UBD))
@@ -202,6 +215,7 @@ class DeepSpeech2(nnx.Module):
         self.lookahead = DepthwiseConv(model.width, left=0, right=right, rngs=rngs) if right else None
         self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.head = nnx.Linear(model.width, num_classes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.scan_layers = model.scan_layers
         self.dropout_rate = model.dropout
         self.width = model.width
         self.dtype = dtype
@@ -220,15 +234,29 @@ class DeepSpeech2(nnx.Module):
           logits_BUV in float32, finite in the padding too but meaningless there, and logit_lengths_B, int32.
         """
         places = 1 + sum(1 if layer.feed_forward is None else 2 for layer in self.layers)
-        dropout = Dropout(self.dropout_rate, dropout_keys_B, places=places, width=self.width)
+        dropout = Dropout.draw(self.dropout_rate, dropout_keys_B, places=places, width=self.width)
         x_UBD, lengths_B = self.front_end(features_BTF.astype(self.dtype), lengths_B)
         x_UBD = dropout(x_UBD)
-        for layer in self.layers:
-            x_UBD = layer(x_UBD, lengths_B, dropout)
+        if self.scan_layers:
+            x_UBD = self._scan_layers(x_UBD, lengths_B, dropout)
+        else:
+            for layer in self.layers:
+                x_UBD = layer(x_UBD, lengths_B, dropout)
         if self.lookahead is not None:
             x_UBD = self.lookahead(x_UBD)
         logits_UBV = self.head(self.norm(x_UBD))
         return jnp.swapaxes(logits_UBV, 0, 1).astype(jnp.float32), lengths_B
+
+    def _scan_layers(self, x_UBD: jax.Array, lengths_B: jax.Array, dropout: Dropout) -> jax.Array:
+        """All layers as one loop over their stacked weights: XLA compiles a layer once, however many there are."""
+        graphdef = nnx.graphdef(self.layers[0])
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))
+
+        def body(x_UBD: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
+            state, scales_PBD = layer
+            return nnx.merge(graphdef, state)(x_UBD, lengths_B, Dropout(scales_PBD)), None
+
+        return jax.lax.scan(body, x_UBD, (stacked, dropout.left(len(self.layers))))[0]
 
 
 class Apply(Protocol):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxds2.model import scan
+from jaxds2.model.cell import Candidate
 
 FROZEN = -1e9
 """Gate pre-activation whose sigmoid is exactly 0: the state passes through unchanged."""
@@ -21,7 +22,7 @@ class MinGRU(nnx.Module):
         width: int,
         hidden: int,
         *,
-        candidate: scan.Candidate,
+        candidate: Candidate,
         gate_bias: float,
         implementation: scan.Implementation,
         dtype: jax.typing.DTypeLike,
@@ -38,7 +39,7 @@ class MinGRU(nnx.Module):
         )
         self.candidate = nnx.Linear(width, hidden, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.hidden = hidden
-        self.candidate_fn: scan.Candidate = candidate
+        self.candidate_fn: Candidate = candidate
         self.implementation: scan.Implementation = implementation
 
     def __call__(
@@ -56,15 +57,21 @@ class MinGRU(nnx.Module):
           h_UBH in the compute dtype, constant beyond an utterance's length (the state is frozen there), and the last
           state in scan order h_BH, float32: forwards that is the state after the last valid frame.
         """
-        valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
-        gate_UBH, candidate_UBH = self.gate(x_UBD), self.candidate(x_UBD)
         return scan.mingru_recurrence(
-            jnp.where(valid_UB1, gate_UBH, jnp.asarray(FROZEN, gate_UBH.dtype)),
-            jnp.where(valid_UB1, candidate_UBH, jnp.zeros((), candidate_UBH.dtype)),  # 0 * NaN would still be NaN
+            *self.pre_activations(x_UBD, lengths_B),
             h0_BH,
             candidate_fn=self.candidate_fn,
             reverse=reverse,
             implementation=self.implementation,
+        )
+
+    def pre_activations(self, x_UBD: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """gate_UBH and candidate_UBH of the input, such that the state is frozen beyond an utterance's length."""
+        valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
+        gate_UBH, candidate_UBH = self.gate(x_UBD), self.candidate(x_UBD)
+        return (
+            jnp.where(valid_UB1, gate_UBH, jnp.asarray(FROZEN, gate_UBH.dtype)),
+            jnp.where(valid_UB1, candidate_UBH, jnp.zeros((), candidate_UBH.dtype)),  # 0 * NaN would still be NaN
         )
 
     def step(self, x_BD: jax.Array, h_BH: jax.Array) -> jax.Array:
@@ -74,3 +81,20 @@ class MinGRU(nnx.Module):
     def initial_state(self, batch_size: int) -> jax.Array:
         """The state before the first frame, zeros_BH in float32."""
         return jnp.zeros((batch_size, self.hidden), jnp.float32)
+
+
+def both_ways(forward: MinGRU, backward: MinGRU, x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """A bidirectional layer: states of `forward`, then those of `backward` run from the last frame, (U, B, 2 H).
+
+    The same as two calls, except that a kernel runs both directions in one launch.
+    """
+    gates, candidates = zip(*(way.pre_activations(x_UBD, lengths_B) for way in (forward, backward)), strict=True)
+    hs, _ = scan.mingru_recurrences(
+        gates,
+        candidates,
+        (None, None),
+        candidate_fn=forward.candidate_fn,
+        reverses=(False, True),
+        implementation=forward.implementation,
+    )
+    return jnp.concatenate(hs, axis=-1)

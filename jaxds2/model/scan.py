@@ -5,21 +5,30 @@ Arrays are time-major, (T, B, D): each step of a sequential form then reads and 
 same values and gradients (tests/test_scan.py).
 
 - `associative`: `jax.lax.associative_scan`, O(log T) deep: the form of the minGRU paper's parallel training, and the
-  default on accelerators.
+  default on accelerators. Its reverse rule is another associative scan.
 - `sequential`: `jax.lax.scan`, differentiated by JAX: the plain twin that also exports with symbolic time.
-- `fused`: one `jax.lax.scan` that computes the gates inside the pass, with a reverse rule that keeps nothing of size
-  (T, B, D) but its inputs and its output: the default on the CPU.
+- `fused`: one pass over time that computes the gates inside, with a reverse rule that keeps nothing of size (T, B, D)
+  but its inputs and its output: the default on the CPU, as a `jax.lax.scan`. For minGRU on an NVIDIA GPU it is a kernel
+  (mosaic.py) where that has been found to work and the width is a multiple of 128. On an accelerator without it the
+  associative form takes its place, since a loop of thousands of small steps is slow there.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxds2.model import mosaic
+from jaxds2.model.cell import Candidate, activate_candidate, decay, step, step_gradient
 
 Implementation = Literal["auto", "associative", "sequential", "fused"]
-Candidate = Literal["linear", "g"]
+
+ROWS = "data"
+"""Axis of the mesh over which rows are split."""
 
 
 def choose(implementation: Implementation) -> Literal["associative", "sequential", "fused"]:
@@ -51,12 +60,9 @@ def linear_recurrence(
     """
     h0_BD = _initial_state(h0_BD, b_TBD)
     form = choose(implementation)
-    if form == "associative":
-        h_TBD = _associative(a_TBD.astype(jnp.float32), b_TBD.astype(jnp.float32), h0_BD, reverse)
-        return h_TBD.astype(b_TBD.dtype), h_TBD[0 if reverse else -1]
     if form == "sequential":
         return _scan_linear(a_TBD, b_TBD, h0_BD, reverse)
-    return _fused_linear(a_TBD, b_TBD, h0_BD, reverse)
+    return _linear(a_TBD, b_TBD, h0_BD, reverse, form)
 
 
 def mingru_recurrence(
@@ -84,73 +90,121 @@ def mingru_recurrence(
     Returns:
       h_TBD in candidate's dtype, and the state after the last step in scan order, h_BD in float32.
     """
-    h0_BD = _initial_state(h0_BD, candidate_TBD)
+    (h_TBD,), (h_last_BD,) = mingru_recurrences(
+        (gate_TBD,),
+        (candidate_TBD,),
+        (h0_BD,),
+        candidate_fn=candidate_fn,
+        reverses=(reverse,),
+        implementation=implementation,
+    )
+    return h_TBD, h_last_BD
+
+
+def mingru_recurrences(
+    gates: Sequence[jax.Array],
+    candidates: Sequence[jax.Array],
+    h0s: Sequence[jax.Array | None],
+    *,
+    candidate_fn: Candidate,
+    reverses: Sequence[bool],
+    implementation: Implementation,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """`mingru_recurrence` of all directions of a layer, which a kernel runs in one launch.
+
+    Args:
+      gates: gate_TBD of each direction.
+      candidates: candidate_TBD of each.
+      h0s: h0_BD or None of each.
+      candidate_fn: `linear` or `g`.
+      reverses: whether a direction runs from the last step to the first.
+      implementation: see the module's docstring.
+
+    Returns:
+      h_TBD of each direction, and h_last_BD of each.
+    """
+    states = tuple(map(_initial_state, h0s, candidates))
     form = choose(implementation)
-    if form == "associative":
-        gate_TBD = gate_TBD.astype(jnp.float32)
-        c_TBD = activate_candidate(candidate_TBD.astype(jnp.float32), candidate_fn)
-        h_TBD = _associative(jax.nn.sigmoid(-gate_TBD), jax.nn.sigmoid(gate_TBD) * c_TBD, h0_BD, reverse)
-        return h_TBD.astype(candidate_TBD.dtype), h_TBD[0 if reverse else -1]
     if form == "sequential":
-        return _scan_mingru(gate_TBD, candidate_TBD, h0_BD, candidate_fn, reverse)
-    return _fused_mingru(gate_TBD, candidate_TBD, h0_BD, candidate_fn, reverse)
+        hs, lasts = _each_way(_scan_mingru, gates, candidates, states, reverses, candidate_fn=candidate_fn)
+        return hs, lasts
+    return _mingru(tuple(gates), tuple(candidates), states, candidate_fn, tuple(reverses), form)
 
 
 def mingru_step(gate_BD: jax.Array, candidate_BD: jax.Array, h_BD: jax.Array, *, candidate_fn: Candidate) -> jax.Array:
-    """One step of `mingru_recurrence`: the new state, float32. Every sequential form is made of this."""
-    z_BD = jax.nn.sigmoid(gate_BD.astype(jnp.float32))
-    return h_BD + z_BD * (activate_candidate(candidate_BD.astype(jnp.float32), candidate_fn) - h_BD)
-
-
-def activate_candidate(v: jax.Array, candidate_fn: Candidate) -> jax.Array:
-    """The candidate state of a pre-activation: v itself, or g(v) = v + 0.5 if v >= 0 else sigmoid(v) (appendix B)."""
-    return v if candidate_fn == "linear" else jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
-
-
-def _candidate_slope(v: jax.Array, candidate_fn: Candidate) -> jax.Array:
-    s = jax.nn.sigmoid(v)
-    return jnp.ones_like(v) if candidate_fn == "linear" else jnp.where(v >= 0, jnp.ones_like(v), s * (1 - s))
+    """One step of `mingru_recurrence`: the new state, float32."""
+    return step(gate_BD, candidate_BD, h_BD, candidate_fn)
 
 
 def _initial_state(h0_BD: jax.Array | None, like_TBD: jax.Array) -> jax.Array:
     return jnp.zeros(like_TBD.shape[1:], jnp.float32) if h0_BD is None else h0_BD.astype(jnp.float32)
 
 
-def _associative(a_TBD: jax.Array, b_TBD: jax.Array, h0_BD: jax.Array, reverse: bool) -> jax.Array:
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    first = -1 if reverse else 0
-    b_TBD = b_TBD.at[first].add(a_TBD[first] * h0_BD)
-    return lax.associative_scan(combine, (a_TBD, b_TBD), axis=0, reverse=reverse)[1]
+# The plain passes over time.
 
 
 def _scan_linear(a_TBD: jax.Array, b_TBD: jax.Array, h0_BD: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    def step(h_BD: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one(h_BD: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_BD = ab[0].astype(jnp.float32) * h_BD + ab[1].astype(jnp.float32)
         return h_BD, h_BD.astype(b_TBD.dtype)
 
-    h_last_BD, h_TBD = lax.scan(step, h0_BD, (a_TBD, b_TBD), reverse=reverse)
+    h_last_BD, h_TBD = lax.scan(one, h0_BD, (a_TBD, b_TBD), reverse=reverse)
     return h_TBD, h_last_BD
 
 
 def _scan_mingru(
-    gate_TBD: jax.Array, candidate_TBD: jax.Array, h0_BD: jax.Array, candidate_fn: Candidate, reverse: bool
+    gate_TBD: jax.Array, candidate_TBD: jax.Array, h0_BD: jax.Array, reverse: bool, candidate_fn: Candidate
 ) -> tuple[jax.Array, jax.Array]:
-    def step(h_BD: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h_BD = mingru_step(*x, h_BD, candidate_fn=candidate_fn)
+    def one(h_BD: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h_BD = step(*x, h_BD, candidate_fn)
         return h_BD, h_BD.astype(candidate_TBD.dtype)
 
-    h_last_BD, h_TBD = lax.scan(step, h0_BD, (gate_TBD, candidate_TBD), reverse=reverse)
+    h_last_BD, h_TBD = lax.scan(one, h0_BD, (gate_TBD, candidate_TBD), reverse=reverse)
     return h_TBD, h_last_BD
 
 
-# The fused forms. With lambda_t = dL/dh_t summed over all paths, the reverse pass is the recurrence itself run the
+def _associative_linear(
+    a_TBD: jax.Array, b_TBD: jax.Array, h0_BD: jax.Array, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    first, last = (-1, 0) if reverse else (0, -1)
+    a_TBD = a_TBD.astype(jnp.float32)
+    start_TBD = b_TBD.astype(jnp.float32).at[first].add(a_TBD[first] * h0_BD)
+    h_TBD = lax.associative_scan(combine, (a_TBD, start_TBD), axis=0, reverse=reverse)[1]
+    return h_TBD.astype(b_TBD.dtype), h_TBD[last]
+
+
+def _associative_mingru(
+    gate_TBD: jax.Array, candidate_TBD: jax.Array, h0_BD: jax.Array, reverse: bool, candidate_fn: Candidate
+) -> tuple[jax.Array, jax.Array]:
+    z_TBD = jax.nn.sigmoid(gate_TBD.astype(jnp.float32))
+    c_TBD = activate_candidate(candidate_TBD.astype(jnp.float32), candidate_fn)
+    h_TBD, h_last_BD = _associative_linear(decay(gate_TBD), z_TBD * c_TBD, h0_BD, reverse)
+    return h_TBD.astype(candidate_TBD.dtype), h_last_BD
+
+
+# Their reverse rules. With lambda_t = dL/dh_t summed over all paths, the reverse pass is the recurrence itself run the
 # other way, lambda_t = dh_t + a_{t+1} lambda_{t+1}; the rest is elementwise in (inputs, h_{t-1}, lambda_t).
 
 
+def _lambdas(a_TBD: jax.Array, dh_TBD: jax.Array, dh_last_BD: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
+    """lambda_TBD, and the derivative by the initial state."""
+    ones_1BD = jnp.ones_like(a_TBD[:1])  # the last state is the last step's result
+    after_TBD = jnp.concatenate([ones_1BD, a_TBD[:-1]] if reverse else [a_TBD[1:], ones_1BD])
+    lambda_TBD, lambda_first_BD = _associative_linear(after_TBD, dh_TBD.astype(jnp.float32), dh_last_BD, not reverse)
+    return lambda_TBD, a_TBD[-1 if reverse else 0] * lambda_first_BD
+
+
+def _states_before(h_TBD: jax.Array, h0_BD: jax.Array, reverse: bool) -> jax.Array:
+    """The state that each step started from."""
+    h_TBD, h0_1BD = h_TBD.astype(jnp.float32), h0_BD[None]
+    return jnp.concatenate([h_TBD[1:], h0_1BD] if reverse else [h0_1BD, h_TBD[:-1]])
+
+
 def _state_before(h_TBD: jax.Array, h0_BD: jax.Array, t: jax.Array, reverse: bool) -> jax.Array:
-    """The state that step t started from. Read inside the pass: a shifted copy of h would cost another (T, B, D)."""
+    """One of `_states_before`. Read inside the pass: a shifted copy of h would cost another (T, B, D)."""
     last = h_TBD.shape[0] - 1
     previous = t + 1 if reverse else t - 1
     inside = previous <= last if reverse else previous >= 0
@@ -158,64 +212,134 @@ def _state_before(h_TBD: jax.Array, h0_BD: jax.Array, t: jax.Array, reverse: boo
     return jnp.where(inside, h_BD.astype(jnp.float32), h0_BD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fused_linear(a_TBD: jax.Array, b_TBD: jax.Array, h0_BD: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    return _scan_linear(a_TBD, b_TBD, h0_BD, reverse)
+def _associative_linear_gradient(a_TBD, h_TBD, h0_BD, dh_TBD, dh_last_BD, reverse):
+    lambda_TBD, dh0_BD = _lambdas(a_TBD.astype(jnp.float32), dh_TBD, dh_last_BD, reverse)
+    da_TBD = lambda_TBD * _states_before(h_TBD, h0_BD, reverse)
+    return da_TBD.astype(a_TBD.dtype), lambda_TBD.astype(dh_TBD.dtype), dh0_BD
 
 
-def _fused_linear_fwd(a_TBD, b_TBD, h0_BD, reverse):
-    h_TBD, h_last_BD = _scan_linear(a_TBD, b_TBD, h0_BD, reverse)
-    return (h_TBD, h_last_BD), (a_TBD, h_TBD, h0_BD)
-
-
-def _fused_linear_bwd(reverse, residuals, cotangents):
-    a_TBD, h_TBD, h0_BD = residuals
-    dh_TBD, dh_last_BD = cotangents
-
-    def step(carry_BD, x):
+def _scan_linear_gradient(a_TBD, h_TBD, h0_BD, dh_TBD, dh_last_BD, reverse):
+    def one(carry_BD, x):
         dh_BD, a_BD, t = x
         lambda_BD = dh_BD.astype(jnp.float32) + carry_BD
         da_BD = lambda_BD * _state_before(h_TBD, h0_BD, t, reverse)
         return a_BD.astype(jnp.float32) * lambda_BD, (da_BD.astype(a_TBD.dtype), lambda_BD.astype(dh_TBD.dtype))
 
     steps = jnp.arange(a_TBD.shape[0])
-    dh0_BD, (da_TBD, db_TBD) = lax.scan(step, dh_last_BD, (dh_TBD, a_TBD, steps), reverse=not reverse)
+    dh0_BD, (da_TBD, db_TBD) = lax.scan(one, dh_last_BD, (dh_TBD, a_TBD, steps), reverse=not reverse)
     return da_TBD, db_TBD, dh0_BD
 
 
-_fused_linear.defvjp(_fused_linear_fwd, _fused_linear_bwd)
+def _associative_mingru_gradient(gate_TBD, candidate_TBD, h_TBD, h0_BD, dh_TBD, dh_last_BD, reverse, candidate_fn):
+    lambda_TBD, dh0_BD = _lambdas(decay(gate_TBD), dh_TBD, dh_last_BD, reverse)
+    before_TBD = _states_before(h_TBD, h0_BD, reverse)
+    dgate_TBD, dv_TBD = step_gradient(gate_TBD, candidate_TBD, before_TBD, lambda_TBD, candidate_fn)
+    return dgate_TBD.astype(gate_TBD.dtype), dv_TBD.astype(candidate_TBD.dtype), dh0_BD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fused_mingru(
-    gate_TBD: jax.Array, candidate_TBD: jax.Array, h0_BD: jax.Array, candidate_fn: Candidate, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    return _scan_mingru(gate_TBD, candidate_TBD, h0_BD, candidate_fn, reverse)
-
-
-def _fused_mingru_fwd(gate_TBD, candidate_TBD, h0_BD, candidate_fn, reverse):
-    h_TBD, h_last_BD = _scan_mingru(gate_TBD, candidate_TBD, h0_BD, candidate_fn, reverse)
-    return (h_TBD, h_last_BD), (gate_TBD, candidate_TBD, h_TBD, h0_BD)
-
-
-def _fused_mingru_bwd(candidate_fn, reverse, residuals, cotangents):
-    gate_TBD, candidate_TBD, h_TBD, h0_BD = residuals
-    dh_TBD, dh_last_BD = cotangents
-
-    def step(carry_BD, x):
+def _scan_mingru_gradient(gate_TBD, candidate_TBD, h_TBD, h0_BD, dh_TBD, dh_last_BD, reverse, candidate_fn):
+    def one(carry_BD, x):
         dh_BD, gate_BD, v_BD, t = x
         lambda_BD = dh_BD.astype(jnp.float32) + carry_BD
-        z_BD = jax.nn.sigmoid(gate_BD.astype(jnp.float32))
-        v_BD = v_BD.astype(jnp.float32)
-        h_before_BD = _state_before(h_TBD, h0_BD, t, reverse)
-        dgate_BD = lambda_BD * (activate_candidate(v_BD, candidate_fn) - h_before_BD) * z_BD * (1 - z_BD)
-        dv_BD = lambda_BD * z_BD * _candidate_slope(v_BD, candidate_fn)
-        return (1 - z_BD) * lambda_BD, (dgate_BD.astype(gate_TBD.dtype), dv_BD.astype(candidate_TBD.dtype))
+        before_BD = _state_before(h_TBD, h0_BD, t, reverse)
+        dgate_BD, dv_BD = step_gradient(gate_BD, v_BD, before_BD, lambda_BD, candidate_fn)
+        return decay(gate_BD) * lambda_BD, (dgate_BD.astype(gate_TBD.dtype), dv_BD.astype(candidate_TBD.dtype))
 
-    steps = jnp.arange(gate_TBD.shape[0])
-    xs = (dh_TBD, gate_TBD, candidate_TBD, steps)
-    dh0_BD, (dgate_TBD, dcandidate_TBD) = lax.scan(step, dh_last_BD, xs, reverse=not reverse)
+    xs = (dh_TBD, gate_TBD, candidate_TBD, jnp.arange(gate_TBD.shape[0]))
+    dh0_BD, (dgate_TBD, dcandidate_TBD) = lax.scan(one, dh_last_BD, xs, reverse=not reverse)
     return dgate_TBD, dcandidate_TBD, dh0_BD
 
 
-_fused_mingru.defvjp(_fused_mingru_fwd, _fused_mingru_bwd)
+# The forms that carry a reverse rule of their own: `associative` and `fused`.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear(
+    a_TBD: jax.Array, b_TBD: jax.Array, h0_BD: jax.Array, reverse: bool, form: str
+) -> tuple[jax.Array, jax.Array]:
+    run = _scan_linear if _passes_over_time(form) else _associative_linear
+    return run(a_TBD, b_TBD, h0_BD, reverse)
+
+
+def _linear_fwd(a_TBD, b_TBD, h0_BD, reverse, form):
+    states: Any = _linear(a_TBD, b_TBD, h0_BD, reverse, form)
+    return states, (a_TBD, states[0], h0_BD)
+
+
+def _linear_bwd(reverse, form, residuals, cotangents):
+    a_TBD, h_TBD, h0_BD = residuals
+    dh_TBD, dh_last_BD = cotangents
+    run = _scan_linear_gradient if _passes_over_time(form) else _associative_linear_gradient
+    return run(a_TBD, h_TBD, h0_BD, dh_TBD, dh_last_BD, reverse)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _mingru(
+    gates: tuple[jax.Array, ...],
+    candidates: tuple[jax.Array, ...],
+    h0s: tuple[jax.Array, ...],
+    candidate_fn: Candidate,
+    reverses: tuple[bool, ...],
+    form: str,
+) -> Any:
+    """(h_TBD of each direction, h_last_BD of each)."""
+    if form == "fused" and mosaic.serves(gates[0]):
+        kernel = functools.partial(mosaic.forward, candidate_fn=candidate_fn, reverses=reverses)
+        hs, lasts = on_own_rows(kernel, gates, candidates, h0s)
+        return tuple(hs), tuple(lasts)
+    run = _scan_mingru if _passes_over_time(form) else _associative_mingru
+    return _each_way(run, gates, candidates, h0s, reverses, candidate_fn=candidate_fn)
+
+
+def _mingru_fwd(gates, candidates, h0s, candidate_fn, reverses, form):
+    states: Any = _mingru(gates, candidates, h0s, candidate_fn, reverses, form)
+    return states, (gates, candidates, states[0], h0s)
+
+
+def _mingru_bwd(candidate_fn, reverses, form, residuals, cotangents):
+    gates, candidates, hs, h0s = residuals
+    if form == "fused" and mosaic.serves(gates[0]):
+        kernel = functools.partial(mosaic.backward, candidate_fn=candidate_fn, reverses=reverses)
+        dgates, dcandidates, dh0s = on_own_rows(kernel, gates, candidates, hs, h0s, *cotangents)
+        return tuple(dgates), tuple(dcandidates), tuple(dh0s)
+    run = _scan_mingru_gradient if _passes_over_time(form) else _associative_mingru_gradient
+    return _each_way(run, gates, candidates, hs, h0s, *cotangents, reverses, candidate_fn=candidate_fn)
+
+
+_mingru.defvjp(_mingru_fwd, _mingru_bwd)
+
+
+def _each_way(run: Callable[..., tuple], *kinds: Sequence, candidate_fn: Candidate) -> tuple[tuple, ...]:
+    """`run` for each direction, given one of every kind of input; its results by kind."""
+    return tuple(zip(*(run(*way, candidate_fn) for way in zip(*kinds, strict=True)), strict=True))
+
+
+def _passes_over_time(form: str) -> bool:
+    """Whether a form is a `lax.scan` on the default device."""
+    return form == "fused" and jax.default_backend() == "cpu"
+
+
+def on_own_rows(kernel: Callable[..., Any], *inputs: Sequence[jax.Array]) -> Any:
+    """kernel(*inputs), each device on its own rows of arrays (T, B, D) and (B, D).
+
+    XLA cannot look into a kernel, so by itself it would gather all rows onto every device. The mesh is that of
+    `jax.sharding.use_abstract_mesh`; without one, or without an axis ROWS, the kernel is simply called.
+
+    Args:
+      kernel: takes lists of arrays and returns lists of arrays; rows are independent.
+      inputs: lists of arrays, rows in the last dimension but one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if ROWS not in mesh.axis_names:
+        return kernel(*inputs)
+
+    def rows(x: jax.Array) -> PartitionSpec:
+        return PartitionSpec(*(None,) * (x.ndim - 2), ROWS)
+
+    out_specs = jax.tree.map(rows, jax.eval_shape(kernel, *inputs))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=jax.tree.map(rows, inputs), out_specs=out_specs, check_vma=False)(
+        *inputs
+    )

@@ -1,8 +1,11 @@
 """The gradient step compiled for each batch shape before the first step."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
@@ -15,6 +18,17 @@ from jaxds2.training.step import GradientStep
 
 LOOK_AHEAD = 1000
 """Batch shapes that occur in this many coming steps are compiled before the first."""
+
+
+def keep_compiled(platform: str) -> None:
+    """Keep compiled programs in the user's cache folder, so that a second start finds them.
+
+    Not on CPUs, where XLA may refuse a program of its own, or run one for a processor that this machine does not have.
+    A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxds2" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def shapes_ahead(plan: BatchPlan, first_step: int, stop_step: int) -> list[Bucket]:

@@ -60,6 +60,8 @@ class DryRun:
     total_steps: int
     flops_per_audio_hour: Mapping[str, int]
     """Forward, by kind of layer, for an hour of audio without padding."""
+    views: int
+    """How often a step reads each utterance: twice with `training.consistency`."""
     memory: Mapping[str, int]
     """Bytes by purpose, on one device that holds the whole batch; an estimate."""
     dtype: str
@@ -68,7 +70,7 @@ class DryRun:
     @property
     def training_flops_per_audio_hour(self) -> int:
         """Forward and backward, for an hour of audio without padding."""
-        return TRAINING_FACTOR * sum(self.flops_per_audio_hour.values())
+        return self.views * TRAINING_FACTOR * sum(self.flops_per_audio_hour.values())
 
     @property
     def training_flops_per_step(self) -> float:
@@ -104,7 +106,7 @@ class DryRun:
         lines += [f"  {kind:<14}{_si(count):>10}" for kind, count in self.flops_per_audio_hour.items() if count]
         lines += [
             f"  {'total':<14}{_si(sum(self.flops_per_audio_hour.values())):>10}",
-            f"training FLOPs (forward x {TRAINING_FACTOR})",
+            f"training FLOPs (forward x {TRAINING_FACTOR}{', in two views' if self.views == 2 else ''})",
             f"  {'audio hour':<14}{_si(self.training_flops_per_audio_hour):>10}",
             f"  {'step, mean':<14}{_si(self.training_flops_per_step):>10}  with padding",
             f"  {'whole run':<14}{_si(self.training_flops_per_step * self.total_steps):>10}  with padding",
@@ -164,6 +166,7 @@ def dry_run(config: Config) -> DryRun:
             num_frames=num_frames(3600 * config.features.sample_rate, config.features),
             batch=1,
         ),
+        views=2 if config.training.consistency else 1,
         memory=_memory(config, params, plan.buckets, total_steps, dtype.itemsize, vocabulary.size),
         dtype=dtype.name,
     )
@@ -345,4 +348,5 @@ def activation_bytes(config: Config, bucket: Bucket, *, itemsize: int, num_class
     if choose(model.scan) == "associative":
         full += 3 * frames * model.layers * states
     full += frames * (3 * num_classes + 4 * (2 * bucket.num_labels + 1))
-    return bucket.rows * (4 * full + itemsize * compute)
+    rows = bucket.rows * (2 if config.training.consistency else 1)
+    return rows * (4 * full + itemsize * compute)

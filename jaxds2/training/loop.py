@@ -23,10 +23,11 @@ from jaxds2.data.plan import BatchPlan
 from jaxds2.decoding.greedy import greedy_decode
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
+from jaxds2.model import mosaic
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
-from jaxds2.training.compilation import compile_ahead, shapes_ahead
+from jaxds2.training.compilation import compile_ahead, keep_compiled, shapes_ahead
 from jaxds2.training.monitor import Monitor
 from jaxds2.training.optimizer import make_optimizer
 from jaxds2.training.selection import read_dev_data, read_training_data, training_plan
@@ -104,6 +105,7 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     first_step = checkpoints.last() or 0
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
+    keep_compiled(mesh.devices.flat[0].platform)
     utterances, left_out = read_training_data(config, vocabulary)
     dev = read_dev_data(config, vocabulary)
     plan = training_plan(config, utterances, vocabulary)
@@ -123,7 +125,14 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     )
     optimizer = make_optimizer(config.optimizer, total_steps)
     gradient_step = make_gradient_step(
-        apply, config.features, config.augment, mesh=mesh, seed=seed, ctc=config.training.ctc
+        apply,
+        config.features,
+        config.augment,
+        mesh=mesh,
+        seed=seed,
+        ctc=config.training.ctc,
+        fast_random=config.training.fast_random,
+        consistency=config.training.consistency,
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     gradient_step = jax.jit(gradient_step, out_shardings=(everywhere, None))
@@ -149,6 +158,8 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; {total_steps} steps on "
             f"{mesh.size} of {jax.local_device_count()} {mesh.devices.flat[0].platform} device(s)"
         )
+        if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
+            monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
         if config.training.init_from is not None and not first_step:
             monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
         if first_step:
@@ -187,11 +198,12 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                 workers=config.data.workers,
             ) as batches:
                 compiled = compile_ahead(gradient_step, state.params, mesh, shapes, monitor, stop)
-                report.since = time.perf_counter()
-                for loaded in batches if not stop() else ():
+                report.since, report.waited = time.perf_counter(), 0.0
+                for loaded in report.awaited(batches if not stop() else ()):
                     gradient = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
-                    grads, loss = gradient(state.params, place(loaded.batch, mesh))
-                    state, metrics = update_step(state, grads, loss)
+                    with jax.transfer_guard("disallow"):  # a copy that nobody asked for would wait for the device
+                        grads, loss = gradient(state.params, place(loaded.batch, mesh))
+                        state, metrics = update_step(state, grads, loss)
                     step += 1
                     report.hold(loaded, metrics)
 

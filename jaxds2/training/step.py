@@ -9,16 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 
-from jaxds2.augment import add_noise, spec_augment, utterance_keys
+from jaxds2.augment import STREAMS, add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig
-from jaxds2.ctc import Implementation, ctc_loss, feasible
+from jaxds2.ctc import Implementation, consistency_loss, ctc_loss, feasible
 from jaxds2.data.pipeline import Batch
 from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import Apply, Params
 
-_DROPOUT = 1  # stream of an utterance's key; augment.py has its own
+_DROPOUT, _SECOND_VIEW = STREAMS, STREAMS + 1  # streams of an utterance's key; augment.py has those below
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +94,8 @@ def make_gradient_step(
     mesh: Mesh,
     seed: int,
     ctc: Implementation = "optax",
+    fast_random: bool = False,
+    consistency: float = 0.0,
 ) -> GradientStep:
     """The first half of a training step, to be jitted: (params, batch) to (gradient, loss).
 
@@ -101,23 +103,45 @@ def make_gradient_step(
 
     The loss is the sum of the utterances' negative log-likelihoods over the number of their labels, so that neither the
     number of devices nor filler rows nor the bucket's length changes an utterance's weight.
+
+    With a `consistency` above 0 each utterance is read in two views that differ in SpecAugment and dropout; its loss is
+    the mean of theirs, and `consistency` times how far apart they are read.
+
+    With `fast_random` dropout's bits come from the device's own generator; see docs/numerics.md for what that gives up.
     """
     log_mel_of_mesh = _sharded_log_mel(mesh, features)
 
     def loss_fn(params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, BatchLoss]:
         features_BTF, feature_lengths_B = _features(batch, log_mel_of_mesh, augment, keys_B)
+        labels_BN, label_lengths_B = batch.labels_BN, batch.label_lengths_B
+        if consistency:  # two neighbouring rows of every row, so that both views are on one device
+            second_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _SECOND_VIEW)
+            keys_B = jnp.stack([keys_B, second_B], axis=1).reshape(-1)
+            features_BTF, feature_lengths_B, labels_BN, label_lengths_B = (
+                jnp.repeat(x, 2, axis=0) for x in (features_BTF, feature_lengths_B, labels_BN, label_lengths_B)
+            )
+        features_BTF = spec_augment(features_BTF, feature_lengths_B, keys_B, augment)
         dropout_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _DROPOUT)
+        if fast_random:
+            data_B2 = jax.random.key_data(dropout_keys_B)
+            dropout_keys_B = jax.random.wrap_key_data(jnp.concatenate([data_B2, data_B2], axis=1), impl="rbg")
         logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B, dropout_keys_B=dropout_keys_B)
         present_B = batch.index_B >= 0
+        loss_B = ctc_loss(logits_BUV, logit_lengths_B, labels_BN, label_lengths_B, implementation=ctc)
+        if consistency:
+            loss_B = jnp.mean(loss_B.reshape(-1, 2), axis=1) + consistency * consistency_loss(
+                logits_BUV, logit_lengths_B
+            )
+            logit_lengths_B = logit_lengths_B[::2]
         usable_B = present_B & feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
-        loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B, implementation=ctc)
         labels = jnp.sum(jnp.where(usable_B, batch.label_lengths_B, 0))
         loss = jnp.sum(jnp.where(usable_B, loss_B, 0.0)) / jnp.maximum(labels, 1).astype(jnp.float32)
         return loss, BatchLoss(loss, jnp.sum(usable_B), present_B & ~usable_B)
 
     def gradient_step(params: Params, batch: Batch) -> tuple[Params, BatchLoss]:
         keys_B = utterance_keys(seed, batch.epoch, batch.index_B)
-        return jax.grad(loss_fn, has_aux=True)(params, batch, keys_B)
+        with use_abstract_mesh(mesh.abstract_mesh):  # which the kernel of the recurrence, forth and back, asks for
+            return jax.grad(loss_fn, has_aux=True)(params, batch, keys_B)
 
     return gradient_step
 
@@ -186,7 +210,8 @@ def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Call
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
         features_BTF, feature_lengths_B = log_mel_of_mesh(batch.audio_BS, batch.audio_lengths_B)
-        logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
         loss_B = ctc_loss(logits_BUV, logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
         feasible_B = feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
         return EvalOutput(jax.nn.log_softmax(logits_BUV, axis=-1), logit_lengths_B, loss_B, feasible_B)
@@ -203,12 +228,11 @@ def _sharded_log_mel(mesh: Mesh, features: FeatureConfig) -> LogMel:
 def _features(
     batch: Batch, log_mel_of_mesh: LogMel, augment: AugmentConfig, keys_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented log-mel features of a training batch."""
+    """Log-mel features of a training batch, with noise and without SpecAugment."""
     audio_BS = batch.audio_BS
     if augment.noise_snr_db is not None:
         audio_BS = add_noise(audio_BS, batch.audio_lengths_B, keys_B, augment.noise_snr_db)
-    features_BTF, feature_lengths_B = log_mel_of_mesh(audio_BS, batch.audio_lengths_B)
-    return spec_augment(features_BTF, feature_lengths_B, keys_B, augment), feature_lengths_B
+    return log_mel_of_mesh(audio_BS, batch.audio_lengths_B)
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What training says of its steps and scores: lines, curves and names."""
 
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -33,6 +34,18 @@ class StepReport:
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
         self.since = time.perf_counter()
+        self.waited = 0.0
+
+    def awaited(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+        """The batches, one by one; how long each was waited for counts in `train/data_wait_share`."""
+        iterator = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            loaded = next(iterator, None)
+            self.waited += time.perf_counter() - begin
+            if loaded is None:
+                return
+            yield loaded
 
     def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
         """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
@@ -88,12 +101,13 @@ class StepReport:
                 "train/unreadable": self.unreadable,
                 "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
                 "train/audio_hours_per_hour": seconds / (now - self.since),
+                "train/data_wait_share": self.waited / (now - self.since),
                 "train/epoch": self.plan.locate(step)[0],
             },
         )
         self.losses.clear()
         self.samples = self.padded_samples = 0
-        self.since = now
+        self.since, self.waited = now, 0.0
 
     def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
         """Report a score on the dev manifest; the time that it took does not count as training."""
