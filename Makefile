@@ -1,10 +1,16 @@
 # jaxds2: `make` lists the targets. Everything runs in .venv, which the project makes for itself.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 STAMP := $(VENV)/.installed
+BENCH := .venv-bench
+# Where an index has CPU builds of torch, name it: make bench TORCH='torch==2.13.0 --index-url URL'
+TORCH ?= torch==2.13.0
+# torchaudio goes with one torch only, so log-mel is timed in an environment of its own.
+BENCH_AUDIO := .venv-bench-audio
+TORCHAUDIO ?= torch==2.9.1 torchaudio==2.9.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST)
@@ -23,13 +29,26 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 demo: setup ## prepare the spoken demo corpus, train on it, evaluate unseen voices
 	$(VENV)/bin/python -m jaxds2 demo
 
-test: setup ## run the tests
-	$(VENV)/bin/python -m pytest
+test: setup ## run the tests; some of them: make test TESTS=tests/test_scan.py
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-clean: ## remove .venv and caches; data/ and runs/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+$(BENCH)/.installed $(BENCH_AUDIO)/.installed: %/.installed: requirements/cpu.lock pyproject.toml
+	$(PYTHON) -m venv $*
+	@echo "installing the pinned packages and torch into $*"
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
+	$*/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter $(BENCH),$*),$(TORCH),$(TORCHAUDIO))
+	@touch $@
+
+bench: $(BENCH)/.installed $(BENCH_AUDIO)/.installed ## time our forms beside those of optax, torch, librosa and torchaudio
+	@set -e; for script in benchmarks/bench_*.py; do \
+	    case $$script in *features*) venv=$(BENCH_AUDIO) ;; *) venv=$(BENCH) ;; esac; \
+	    echo; echo "== $$script"; $$venv/bin/python $$script; \
+	done
+
+clean: ## remove the environments and caches; data/ and runs/ stay
+	rm -rf $(VENV) $(BENCH) $(BENCH_AUDIO) .pytest_cache .ruff_cache .hypothesis

@@ -40,8 +40,8 @@ def compare(rows: int, frames: int, labels: int, classes: int, arguments: argpar
     exact = np.stack([float64_loss_and_gradient(logits_BUV[b], labels_BN[b])[1] for b in range(rows)])
     medians = side_by_side.rounds(columns, arguments.rounds)
     table = {
-        name: {
-            "CPU ms": medians[name],
+        name: medians[name]
+        | {
             "temporaries, MiB": memory.get(name, ""),
             "gradient error": float(np.abs(np.asarray(call()) - exact).max()),
         }
@@ -69,12 +69,9 @@ def compile_form(form: "ctc.Implementation", logits_BUV, lengths) -> tuple[Calla
 
 def torch_column(logits_BUV, lengths, threads: int) -> dict[str, Callable[[], Any]]:
     """torch's own loss on the CPU; empty where torch is missing."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        print("torch is not installed, so its column is missing: pip install torch")
+    torch = side_by_side.torch_or_none(threads)
+    if torch is None:
         return {}
-    torch.set_num_threads(threads)
     logits = torch.from_numpy(logits_BUV)
     frames, labels, counts = (torch.from_numpy(x.astype("int64")) for x in lengths)
 

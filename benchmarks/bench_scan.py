@@ -100,12 +100,12 @@ def compare(rows: int, frames: int, channels: int, arguments: argparse.Namespace
         columns |= {form: call for form, (call, _) in ours.items()}
         medians = side_by_side.rounds(columns, arguments.rounds)
         temporaries = {form: count / a_TBD.nbytes for form, (_, count) in ours.items()}
-        table = {name: {"CPU ms": medians[name], "temporaries, arrays": temporaries.get(name, 0.0)} for name in columns}
+        table = {name: medians[name] | {"temporaries, arrays": temporaries.get(name, 0.0)} for name in columns}
         title = f"bare scan, {what}, B={rows} T={frames} D={channels}, float32, threads: {arguments.threads}"
         print(side_by_side.table(title, table, base="C" if floor else "fused"))
         if floor:
             moved = 3 if what == "forward" else 8  # arrays, each read or written once a pass
-            print(f"C moves {moved * a_TBD.nbytes / medians['C'] / 1e6:.1f} GB a second")
+            print(f"C moves {moved * a_TBD.nbytes / medians['C']['CPU ms'] / 1e6:.1f} GB a second")
         results.append({"shape": [rows, frames, channels], "what": what, "columns": table})
     return results
 

@@ -1,7 +1,7 @@
 """What the benchmarks share: pinned threads, interleaved rounds, a table with ratios, JSON.
 
 Machines are noisy, so nothing here is compared between runs: all columns of a table are timed in turn, round by round,
-in one process, by the time that the process used (user and system), not by the clock.
+in one process, by the time that the process used (user and system) and by the clock.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "librosa", "soundfile", "torch", "torchaudio")
 
 
 def _at_least_one(text: str) -> int:
@@ -28,13 +28,18 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def start(description: str, *, threads: int = 1) -> argparse.Namespace:
-    """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported."""
+def start(description: str, *, threads: int = 1, manifest: bool = False) -> argparse.Namespace:
+    """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported.
+
+    With `manifest` there is an option for one, else None.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=_at_least_one, default=10, help="rounds over all columns (default: 10)")
     parser.add_argument("--threads", type=_at_least_one, default=threads, help=f"cores to use (default: {threads})")
     parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-DEVICE-NAME.json")
+    if manifest:
+        parser.add_argument("--manifest", type=Path, metavar="FILE", help="recordings to read (default: noise)")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
@@ -47,16 +52,38 @@ def start(description: str, *, threads: int = 1) -> argparse.Namespace:
     return arguments
 
 
-def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, float]:
-    """Median milliseconds of process time of each call, the columns taking turns; one round before is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in columns}
+def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each call, by process time and by the clock; one round before is not counted.
+
+    The columns take turns. On one thread the first figure says more, because other processes hardly touch it; on
+    several the second does, because a library whose threads spin while they wait looks slower than it is by the first.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     for number in range(count + 1):
         for name, call in columns.items():
-            begin = time.process_time()
+            begin = time.process_time(), time.perf_counter()
             call()
+            end = time.process_time(), time.perf_counter()
             if number:
-                times[name].append(1e3 * (time.process_time() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((1e3 * (end[0] - begin[0]), 1e3 * (end[1] - begin[1])))
+    return {
+        name: {
+            "CPU ms": statistics.median(cpu for cpu, _ in pairs),
+            "wall ms": statistics.median(wall for _, wall in pairs),
+        }
+        for name, pairs in times.items()
+    }
+
+
+def torch_or_none(threads: int) -> Any:
+    """torch with so many threads; None, and a line that says what to install, where it is missing."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        print("torch is not installed, so its columns are missing: make bench installs it")
+        return None
+    torch.set_num_threads(threads)
+    return torch
 
 
 def temporaries(compiled: Any) -> int:
@@ -65,15 +92,17 @@ def temporaries(compiled: Any) -> int:
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, float | str]], *, base: str | None = None) -> str:
-    """Rows of numbers; with `base`, the name of a row, a column `x`: each first number over that row's."""
+def table(
+    title: str, rows: Mapping[str, Mapping[str, float | str]], *, base: str | None = None, by: str = "CPU ms"
+) -> str:
+    """Rows of numbers; with `base`, the name of a row, a column `x`: each number of the column `by` over that row's."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     head = ["", *columns, *(["x"] if base else [])]
     lines = [head]
     for name, row in rows.items():
         cells = [_cell(row.get(column, "")) for column in columns]
         if base:
-            cells.append(f"{float(row[columns[0]]) / float(rows[base][columns[0]]):.2f}")
+            cells.append(f"{float(row[by]) / float(rows[base][by]):.2f}")
         lines.append([name, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     body = (
@@ -96,18 +125,12 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
     if arguments.small and arguments.json is None:
         return
     path = arguments.json or RESULTS / f"{datetime.date.today().isoformat()}-cpu-{name}.json"
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     content = {
         "benchmark": name,
         "device": "cpu",
         "processor": _processor(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "results": list(results),
@@ -115,6 +138,17 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that the figures depend on; None for one that is missing."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _processor() -> str:
