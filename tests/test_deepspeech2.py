@@ -167,6 +167,19 @@ def test_layers_in_one_loop_equal_layers_one_by_one(model, dropout):
         np.testing.assert_allclose(gradients[1][name], want, atol=1e-6 * float(jnp.abs(want).max()), rtol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only XLA's CPU compiler sums the residual stream again")
+def test_no_loop_of_a_compiled_gradient_sums_more_of_the_residual_stream_in_a_deeper_model():
+    def most_arrays_read_by_one_loop(layers: int) -> int:
+        model = dataclasses.replace(SMALL, layers=layers)
+        apply, params = create(F, V, model, dtype=jnp.float32)
+        keys_B = jax.random.split(jax.random.key(1), len(LENGTHS_B))
+        loss = jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)[0])))
+        compiled = jax.jit(loss).lower(params).compile().as_text()
+        return max(line.count("param_") for line in compiled.splitlines() if line.startswith("%fused_computation"))
+
+    assert most_arrays_read_by_one_loop(5) == most_arrays_read_by_one_loop(2)
+
+
 def test_split_and_merged_equals_the_module():
     apply, params = create(F, V, SMALL, dtype=jnp.float32, seed=3)
     module = DeepSpeech2(F, V, SMALL, dtype=jnp.float32, rngs=nnx.Rngs(params=3))

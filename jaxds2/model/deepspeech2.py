@@ -39,6 +39,24 @@ def _mask(x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
     return jnp.where(valid_UB1, x_UBD, jnp.zeros((), x_UBD.dtype))
 
 
+def _stored(x_UBD: jax.Array, weight: jax.Array) -> jax.Array:
+    """x as it is; on a CPU also written to memory here, its gradient likewise.
+
+    XLA's CPU compiler computes what looks cheap again in each place that reads it, and a residual stream is a sum, so
+    every layer would add up all layers before it, several times over (docs/performance.md). It removes barriers before
+    it decides that, but keeps a branch that it cannot foresee.
+
+    Args:
+      x_UBD: anything.
+      weight: a scalar that is only known at run time, the same on all devices, and finite unless training has failed.
+    """
+
+    def branch(x_UBD: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.isfinite(weight), lambda x: x, jnp.negative, x_UBD)
+
+    return jax.lax.platform_dependent(x_UBD, weight, cpu=branch, default=lambda x, _: x)
+
+
 class Dropout:
     """Dropout with one mask for all frames of an utterance, drawn from that utterance's own key.
 
@@ -241,7 +259,7 @@ class DeepSpeech2(nnx.Module):
             x_UBD = self._scan_layers(x_UBD, lengths_B, dropout)
         else:
             for layer in self.layers:
-                x_UBD = layer(x_UBD, lengths_B, dropout)
+                x_UBD = _stored(layer(x_UBD, lengths_B, dropout), self.norm.scale[0])
         if self.lookahead is not None:
             x_UBD = self.lookahead(x_UBD)
         logits_UBV = self.head(self.norm(x_UBD))
