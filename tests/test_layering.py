@@ -22,6 +22,7 @@ FLOORS = (
         "data.download",
         "model.scan",
         "model.mosaic",
+        "model.linear",
         "training.optimizer",
         "evaluation.metrics",
     ),

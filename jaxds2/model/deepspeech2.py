@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxds2.config import ModelConfig
+from jaxds2.model.linear import Linear
 from jaxds2.model.mingru import MinGRU, both_ways
 
 Count = TypeVar("Count", int, np.ndarray, jax.Array)
@@ -121,7 +122,7 @@ class FrontEnd(nnx.Module):
         bins = num_mels
         for _, stride in model.conv_strides:
             bins = -(-bins // stride)
-        self.linear = nnx.Linear(bins * channels[-1], model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.linear = Linear(bins * channels[-1], model.width, dtype=dtype, rngs=rngs)
         self.time_strides = tuple(stride for stride, _ in model.conv_strides)
 
     def __call__(self, features_BTF: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,8 +166,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        self.inner = nnx.Linear(model.width, model.feed_forward, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        self.outer = nnx.Linear(model.feed_forward, model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.inner = Linear(model.width, model.feed_forward, dtype=dtype, rngs=rngs)
+        self.outer = Linear(model.feed_forward, model.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_UBD: jax.Array) -> jax.Array:
         """x_UBD to the block's output, without the residual."""
@@ -195,7 +196,7 @@ class RecurrentLayer(nnx.Module):
         self.forward = mingru()
         self.backward = mingru() if model.bidirectional else None
         states = model.hidden * (2 if model.bidirectional else 1)
-        self.output = nnx.Linear(states, model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.output = Linear(states, model.width, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(model, dtype=dtype, rngs=rngs) if model.feed_forward else None
 
     def __call__(self, x_UBD: jax.Array, lengths_B: jax.Array, dropout: Dropout) -> jax.Array:
@@ -232,7 +233,7 @@ class DeepSpeech2(nnx.Module):
         right = model.lookahead
         self.lookahead = DepthwiseConv(model.width, left=0, right=right, rngs=rngs) if right else None
         self.norm = nnx.LayerNorm(model.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        self.head = nnx.Linear(model.width, num_classes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.head = Linear(model.width, num_classes, dtype=dtype, rngs=rngs)
         self.scan_layers = model.scan_layers
         self.dropout_rate = model.dropout
         self.width = model.width

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxds2.model import scan
 from jaxds2.model.cell import Candidate
+from jaxds2.model.linear import Linear
 
 FROZEN = -1e9
 """Gate pre-activation whose sigmoid is exactly 0: the state passes through unchanged."""
@@ -29,15 +30,8 @@ class MinGRU(nnx.Module):
         rngs: nnx.Rngs,
     ):
         # Two matmuls: faster than one of twice the width that is then split.
-        self.gate = nnx.Linear(
-            width,
-            hidden,
-            bias_init=nnx.initializers.constant(gate_bias),
-            dtype=dtype,
-            param_dtype=jnp.float32,
-            rngs=rngs,
-        )
-        self.candidate = nnx.Linear(width, hidden, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.gate = Linear(width, hidden, bias=gate_bias, dtype=dtype, rngs=rngs)
+        self.candidate = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.hidden = hidden
         self.candidate_fn: Candidate = candidate
         self.implementation: scan.Implementation = implementation
