@@ -40,6 +40,7 @@ def refusal(path: Path) -> str:
         ("{", "not JSON"),
         ('["a"]', "expected an object with audio_filepath, duration and text"),
         ("3", "expected an object"),
+        (json.dumps({**GOOD, "text": "a\ud83d"}), "holds one half of a surrogate pair"),
         *((json.dumps({k: v for k, v in GOOD.items() if k != key}), f"missing key '{key}'") for key in GOOD),
         (json.dumps({**GOOD, "duration": "1.5"}), "duration is '1.5', expected a number"),
         (json.dumps({**GOOD, "duration": True}), "duration is True, expected a number"),
@@ -106,6 +107,11 @@ def test_defaults_and_keys_of_other_tools(tmp_path: Path):
     first, second = read_manifest(write_lines(tmp_path / "m.jsonl", *lines))
     assert (first.id, first.speaker) == ("a", None)
     assert (second.id, second.speaker) == ("7", "12")
+
+
+def test_characters_may_be_escaped(tmp_path: Path):
+    (utterance,) = read_manifest(write_lines(tmp_path / "m.jsonl", json.dumps({**GOOD, "text": "é\U0001f600"})))
+    assert utterance.text == "é\U0001f600"
 
 
 def test_a_recording_may_be_as_long_as_an_audio_file(tmp_path: Path):

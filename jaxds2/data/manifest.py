@@ -2,7 +2,7 @@
 
 A line holds `audio_filepath` (relative to the manifest, or absolute), `duration` in seconds, `text`, and may hold `id`
 (default: the file's stem), `speaker`, and keys of other tools, which are ignored. The index of a folder of shards is a
-manifest too: there `audio_filepath` is a shard and `shard_record` the number of the recording in it, see data/shards.py.
+manifest too: there `audio_filepath` is a shard and `shard_record` the number of the recording in it (data/shards.py).
 """
 
 import hashlib
@@ -108,6 +108,11 @@ def _parse_line(line: str, path: Path, shards: dict[str, Path]) -> Utterance:
         record: Any = json.loads(line)
     except ValueError as e:
         raise ManifestError(f"not JSON ({e})") from None
+    if "\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ManifestError("holds one half of a surrogate pair, which is no character") from None
     if not isinstance(record, dict):
         raise ManifestError("expected an object with audio_filepath, duration and text")
     for key, kind in (("audio_filepath", str), ("duration", (int, float)), ("text", str)):
