@@ -357,8 +357,8 @@ def write_shards(
     _write_index(out, contents, utterances, names, ranges)
     hours, size = sum(u.duration for u in utterances) / 3600, sum(s.size for s in finished.values())
     _say(
-        f"{out}: {len(utterances)} utterances, {hours:.2f} hours, {size / 1e6:.1f} MB in {len(names)} shards, "
-        f"{len(names) - kept} of them packed now"
+        f"{out}: {len(utterances)} utterances, {hours:.2f} hours; shards: {len(names)}, {size / 1e6:.1f} MB, "
+        f"{len(names) - kept} packed now"
     )
     return out / INDEX
 
