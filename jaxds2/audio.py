@@ -4,7 +4,9 @@ The header is checked before anything is decoded, and what was decoded is checke
 returns the part that is left of a truncated file without an error.
 """
 
+import io
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -54,6 +56,19 @@ class EmptyAudioError(AudioError):
 
 
 @dataclass(frozen=True)
+class EncodedAudio:
+    """An audio file that was read already, from a shard: it decodes as the file did."""
+
+    name: str
+    """What errors call it; ends as the file's own name does."""
+    content: bytes
+    """The whole file."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class AudioInfo:
     """What the header of an audio file announces."""
 
@@ -66,25 +81,27 @@ class AudioInfo:
     """Seconds."""
 
 
-def probe_audio(path: str | Path, *, max_duration: float = MAX_DURATION) -> AudioInfo:
+def probe_audio(audio: str | Path | EncodedAudio, *, max_duration: float = MAX_DURATION) -> AudioInfo:
     """Read the header of an audio file; nothing is decoded.
 
     Raises:
       AudioError: no such file, not audio, no samples, cut short (as far as the headers show), or larger than
         `max_duration` seconds or `MAX_DECODED_SAMPLES`.
     """
-    with _open(Path(path), max_duration) as file:
+    with _open(_source(audio), max_duration) as file:
         return AudioInfo(file.samplerate, file.channels, file.frames, file.frames / file.samplerate)
 
 
-def read_audio(path: str | Path, *, sample_rate: int = 16_000, max_duration: float = MAX_DURATION) -> np.ndarray:
+def read_audio(
+    audio: str | Path | EncodedAudio, *, sample_rate: int = 16_000, max_duration: float = MAX_DURATION
+) -> np.ndarray:
     """Decode an audio file to a waveform.
 
     Channels are averaged, another rate is resampled (soxr HQ), and the result is rounded to the nearest integer and
     clipped, once: a 16-bit mono file at `sample_rate` comes back bit for bit.
 
     Args:
-      path: any file that libsndfile reads, in whatever rate, number of channels and sample format.
+      audio: any file that libsndfile reads, in whatever rate, number of channels and sample format.
       sample_rate: of the result, in Hz.
       max_duration: seconds; a longer file is refused before it is decoded.
 
@@ -97,14 +114,14 @@ def read_audio(path: str | Path, *, sample_rate: int = 16_000, max_duration: flo
         An Ogg, MP3 or NIST file that was cut exactly between two of its pages or frames looks whole and shorter; only
         a manifest's declared duration can tell.
     """
-    path = Path(path)
-    with _open(path, max_duration) as file:
+    source = _source(audio)
+    with _open(source, max_duration) as file:
         rate = file.samplerate
-        mono_S = _decode_mono(path, file)
+        mono_S = _decode_mono(source, file)
     if rate != sample_rate:
         mono_S = _resample(mono_S, rate, sample_rate, (2 * len(mono_S) * sample_rate + rate) // (2 * rate))
     if not len(mono_S):
-        raise EmptyAudioError(f"{path}: too short: not one sample at {sample_rate} Hz")
+        raise EmptyAudioError(f"{audio}: too short: not one sample at {sample_rate} Hz")
     return _to_int16(mono_S)
 
 
@@ -126,37 +143,76 @@ def change_speed(waveform_S: np.ndarray, speed: float) -> np.ndarray:
     return _to_int16(_resample(scaled_S, speed, 1.0, round(len(waveform_S) / speed)))
 
 
-def _open(path: Path, max_duration: float) -> "soundfile.SoundFile":
+def _source(audio: str | Path | EncodedAudio) -> Path | EncodedAudio:
+    return audio if isinstance(audio, EncodedAudio) else Path(audio)
+
+
+def _open(source: Path | EncodedAudio, max_duration: float) -> "soundfile.SoundFile":
     import soundfile
 
-    _check_bytes(path)
+    _check_bytes(source)
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(source) if isinstance(source, Path) else _open_encoded(source)
     except (soundfile.SoundFileError, TypeError) as e:  # TypeError: a name that libsndfile takes for headerless data
-        raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(path, e)})") from None
+        raise AudioError(f"{source}: not an audio file that libsndfile reads ({_reason(e)})") from None
     try:
-        _check_header(path, file, max_duration)
+        _check_header(source, file, max_duration)
     except AudioError:
         file.close()
         raise
     return file
 
 
-def _check_bytes(path: Path) -> None:
-    if not path.exists():
-        raise AudioError(f"{path}: no such file")
-    if not path.is_file():
-        raise AudioError(f"{path}: not a file")
+class _Memory(io.BytesIO):
+    """Answers a seek to before its start with -1, as a file does; an exception would not get through to libsndfile."""
+
+    _refused = False
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            self._refused = True
+            return -1
+
+    def tell(self) -> int:
+        """soundfile asks after every seek."""
+        refused, self._refused = self._refused, False
+        return -1 if refused else super().tell()
+
+
+def _open_encoded(source: EncodedAudio) -> "soundfile.SoundFile":
+    import soundfile
+
     try:
-        with path.open("rb") as f:
+        return soundfile.SoundFile(_Memory(source.content))
+    except soundfile.SoundFileError as refusal:
+        # Some MP3 files begin with what only their name tells libsndfile to skip. Once open, a file needs no name.
+        try:
+            with tempfile.NamedTemporaryFile(suffix=Path(source.name).suffix) as named:
+                named.write(source.content)
+                named.flush()
+                return soundfile.SoundFile(named.name)
+        except OSError:  # no room for it
+            raise refusal from None
+
+
+def _check_bytes(source: Path | EncodedAudio) -> None:
+    if isinstance(source, Path):
+        if not source.exists():
+            raise AudioError(f"{source}: no such file")
+        if not source.is_file():
+            raise AudioError(f"{source}: not a file")
+    try:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.content) as f:
             head = f.read(4)
             whole = head != b"OggS" or _last_ogg_page_is_whole(f)
     except OSError as e:
-        raise AudioError(f"{path}: cannot be read ({e.strerror})") from None
+        raise AudioError(f"{source}: cannot be read ({e.strerror})") from None
     if not head:
-        raise EmptyAudioError(f"{path}: the file is empty (0 bytes)")
+        raise EmptyAudioError(f"{source}: the file is empty (0 bytes)")
     if not whole:
-        raise AudioError(f"{path}: truncated: the last page of the Ogg stream is cut off; fetch the file again")
+        raise AudioError(f"{source}: truncated: the last page of the Ogg stream is cut off; fetch the file again")
 
 
 def _last_ogg_page_is_whole(f: BinaryIO) -> bool:
@@ -171,29 +227,29 @@ def _last_ogg_page_is_whole(f: BinaryIO) -> bool:
     return len(table) == page[26] and len(page) >= _OGG_HEADER_BYTES + len(table) + sum(table)
 
 
-def _check_header(path: Path, file: "soundfile.SoundFile", max_duration: float) -> None:
+def _check_header(source: Path | EncodedAudio, file: "soundfile.SoundFile", max_duration: float) -> None:
     rate, channels, frames = file.samplerate, file.channels, file.frames
     if frames <= 0:
-        raise EmptyAudioError(f"{path}: holds no samples")
+        raise EmptyAudioError(f"{source}: holds no samples")
     if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
         low, high = SAMPLE_RATES
-        raise AudioError(f"{path}: the header says {rate} Hz, expected {low} to {high}: damaged?")
+        raise AudioError(f"{source}: the header says {rate} Hz, expected {low} to {high}: damaged?")
     if frames >= 2**62:  # libsndfile's SF_COUNT_MAX
-        raise AudioError(f"{path}: the header does not say how long it is; convert it to a file that does")
+        raise AudioError(f"{source}: the header does not say how long it is; convert it to a file that does")
     if frames / rate > max_duration or frames * channels > MAX_DECODED_SAMPLES:
         raise AudioError(
-            f"{path}: the header announces {frames / rate:.1f} s ({frames} samples, channels: {channels}), at most "
+            f"{source}: the header announces {frames / rate:.1f} s ({frames} samples, channels: {channels}), at most "
             f"{max_duration:g} s and {MAX_DECODED_SAMPLES} samples over all channels are read: cut it into pieces"
         )
     for declared, present in _CUT_SHORT.findall(file.extra_info):
         # One byte is the padding of an odd chunk.
         if int(present) + 1 < int(declared) < _STREAMED_BYTES:
             raise AudioError(
-                f"{path}: truncated: the header announces {declared} bytes, {present} are there; fetch the file again"
+                f"{source}: truncated: the header announces {declared} bytes, {present} are there; fetch the file again"
             )
 
 
-def _decode_mono(path: Path, file: "soundfile.SoundFile") -> np.ndarray:
+def _decode_mono(source: Path | EncodedAudio, file: "soundfile.SoundFile") -> np.ndarray:
     """float32, full scale 1, block by block so that many channels never stand in memory at once."""
     import soundfile
 
@@ -205,27 +261,27 @@ def _decode_mono(path: Path, file: "soundfile.SoundFile") -> np.ndarray:
             block_SC = file.read(max(1, _BLOCK_SAMPLES // file.channels), dtype="float32", always_2d=True)
             if not len(block_SC):
                 break
-            _check_amplitude(path, block_SC, decoded)
+            _check_amplitude(source, block_SC, decoded)
             block_S = block_SC[:, 0] if file.channels == 1 else block_SC.mean(axis=1)
             mono_S[decoded : decoded + len(block_S)] = block_S
             decoded += len(block_S)
     except soundfile.SoundFileError as e:
         where = f"after {decoded} of {announced} samples"
-        raise AudioError(f"{path}: damaged or truncated {where} ({_reason(path, e)})") from None
+        raise AudioError(f"{source}: damaged or truncated {where} ({_reason(e)})") from None
     tolerance = int(LOSSY_TOLERANCE * file.samplerate) if file.format in ("MP3", "MPEG") else 0
     if decoded == 0:
-        raise EmptyAudioError(f"{path}: holds no samples")
+        raise EmptyAudioError(f"{source}: holds no samples")
     if decoded < announced - tolerance:
-        raise AudioError(f"{path}: truncated: the header announces {announced} samples, {decoded} could be decoded")
+        raise AudioError(f"{source}: truncated: the header announces {announced} samples, {decoded} could be decoded")
     return mono_S[:decoded]
 
 
-def _check_amplitude(path: Path, block_SC: np.ndarray, first_sample: int) -> None:
+def _check_amplitude(source: Path | EncodedAudio, block_SC: np.ndarray, first_sample: int) -> None:
     if max(block_SC.max(), -block_SC.min()) <= MAX_AMPLITUDE:  # false for NaN
         return
     sample, channel = np.argwhere(~(np.abs(block_SC) <= MAX_AMPLITUDE))[0]
     value = block_SC[sample, channel]
-    raise NonFiniteAudioError(f"{path}: sample {first_sample + sample} is {value}, expected a number from -1 to 1")
+    raise NonFiniteAudioError(f"{source}: sample {first_sample + sample} is {value}, expected a number from -1 to 1")
 
 
 def _resample(x_S: np.ndarray, rate_in: float, rate_out: float, num_out: int) -> np.ndarray:
@@ -240,7 +296,7 @@ def _to_int16(x_S: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x_S * np.float32(32768)), -32768, 32767).astype(np.int16)
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """libsndfile's own words, without the file name that our message has already."""
-    text = str(error).removeprefix(f"Error opening {str(path)!r}: ")
+    text = re.sub(r"^Error opening '.*': ", "", str(error))
     return " ".join(text.removeprefix("Error : ").rstrip(".").split()) or type(error).__name__

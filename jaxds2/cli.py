@@ -1,4 +1,4 @@
-"""The command line, `jaxds2 prepare | check | train | eval | lm | transcribe | digest | demo`: arguments, no logic.
+"""The command line, `jaxds2 prepare | shard | check | train | eval | ...`: arguments, no logic.
 
 Heavy modules are imported by the command that needs them, so that `--help` and a typo answer at once.
 """
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FAILURE, WRONG_USE = 1, 2
 
+MAX_SHARD_MB = 100_000
+
 CORPORA = ("demo", "an4", "librispeech", "mini-librispeech", "common-voice", "ljspeech")
 
 
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxds2", description="Deep Speech 2 with parallel minGRU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_prepare(commands.add_parser("prepare", help="turn a corpus into manifests"))
-    add_check(commands.add_parser("check", help="audit manifests and their audio"))
+    add_shard(commands.add_parser("shard", help="pack a manifest and its audio into a few large files"))
+    add_check(commands.add_parser("check", help="audit manifests or shards and their audio"))
     add_train(commands.add_parser("train", help="train a model (also: python train.py)"))
     add_eval(commands.add_parser("eval", help="word error rate of a run (also: python eval.py)"))
     add_lm(commands.add_parser("lm", help="n-gram language models"))
@@ -137,6 +140,28 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_shard(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 shard`."""
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their index")
+    parser.add_argument("--shard-size", type=float, default=256, metavar="MB", help="of a shard (default: 256)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.set_defaults(call=_shard, usage=parser.format_usage())
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    from jaxds2.data.shards import write_shards
+
+    _must_exist(arguments.manifest)
+    if not 1e-6 <= arguments.shard_size <= MAX_SHARD_MB:
+        raise ConfigError(f"--shard-size {arguments.shard_size:g}: expected megabytes, up to {MAX_SHARD_MB}")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers}: must be 1 or more")
+    shard_bytes = round(arguments.shard_size * 1e6)
+    write_shards(arguments.manifest, arguments.out, shard_bytes=shard_bytes, workers=arguments.workers)
+    return 0
+
+
 def add_check(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 check`."""
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
@@ -237,7 +262,9 @@ def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 eval`."""
     add_decoder(parser)
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="default: the test manifests of the run's config")
+    parser.add_argument(
+        "--manifest", type=Path, metavar="FILE", help="or a folder of shards (default: data.test of the config)"
+    )
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
     parser.set_defaults(call=_eval, usage=parser.format_usage())
 

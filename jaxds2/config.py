@@ -49,11 +49,11 @@ class DataConfig:
     """Which utterances, and how they become batches."""
 
     train: tuple[str, ...] = ()
-    """Manifests to train on, joined in this order."""
+    """Manifests or folders of shards to train on, joined in this order."""
     dev: str | None = None
-    """Manifest that chooses the best checkpoint; None: no evaluation while training."""
+    """Manifest or folder of shards that chooses the best checkpoint; None: no evaluation while training."""
     test: tuple[str, ...] = ()
-    """Manifests for the final figures; never read by training."""
+    """Manifests or folders of shards for the final figures; never read by training."""
     durations: str | None = None
     """Histogram of durations (JSON, see configs/durations/) for `--dry-run` where a manifest of `train` is missing."""
     characters: str = "abcdefghijklmnopqrstuvwxyz' "

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -22,13 +23,26 @@ def write_whole(path: Path, data: str | bytes) -> None:
     Raises:
       WriteError: the system refuses, for example because the disk is full.
     """
-    content = data.encode() if isinstance(data, str) else data
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under in the block, which takes the place of `path` where the block ends.
+
+    Where the block does not end, by whatever exception, what was written is removed and `path` is untouched. Its
+    folders are made if they are not there.
+
+    Raises:
+      WriteError: the system refuses, in the block or here.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(content)
+            yield partial
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):

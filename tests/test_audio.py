@@ -14,6 +14,7 @@ from jaxds2.audio import (
     AudioError,
     AudioInfo,
     EmptyAudioError,
+    EncodedAudio,
     NonFiniteAudioError,
     change_speed,
     probe_audio,
@@ -51,6 +52,71 @@ def test_pcm16_mono_at_the_target_rate_comes_back_bit_for_bit(tmp_path: Path, su
     assert read_S.dtype == np.int16
     np.testing.assert_array_equal(read_S, waveform_S)
     assert probe_audio(path) == AudioInfo(16_000, 1, 16_001, 16_001 / 16_000)
+
+
+FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "float.wav": ("WAV", "FLOAT"),
+    "flac": ("FLAC", "PCM_24"),
+    "opus": ("OGG", "OPUS"),
+    "ogg": ("OGG", "VORBIS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+    "aiff": ("AIFF", "PCM_16"),
+    "sph": ("NIST", "PCM_16"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same two seconds of stereo at 24 kHz in each format."""
+    path = tmp_path_factory.mktemp("formats") / "a"
+    encoded = {}
+    for name, (container, subtype) in FORMATS.items():
+        soundfile.write(path, noise(96_000).reshape(-1, 2) // 4, 24_000, format=container, subtype=subtype)
+        encoded[name] = path.read_bytes()
+    return encoded
+
+
+def outcome(read, source: Path | EncodedAudio) -> tuple[object, ...]:
+    """What came back, or which error and what it says."""
+    try:
+        found = read(source)
+    except AudioError as e:
+        return type(e), str(e)
+    return (found.tobytes(),) if isinstance(found, np.ndarray) else (found,)
+
+
+def assert_alike(folder: Path, name: str, content: bytes) -> bool:
+    """The file and its bytes in memory give the same; whether they give a waveform."""
+    path = folder / f"alike.{name}"
+    path.write_bytes(content)
+    for read in (probe_audio, read_audio):
+        from_memory = outcome(read, EncodedAudio(str(path), content))
+        assert outcome(read, path) == from_memory
+    return len(from_memory) == 1
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "empty", "text"])
+def test_a_file_in_memory_decodes_as_on_disk(files: dict[str, bytes], tmp_path: Path, name: str):
+    content = files.get(name, b"" if name == "empty" else b"not audio at all")
+    assert assert_alike(tmp_path, name, content) == (name in FORMATS)
+
+
+def test_what_only_the_name_says_is_known_in_memory_too(files: dict[str, bytes], tmp_path: Path):
+    assert assert_alike(tmp_path, "mp3", bytes(200) + files["mp3"])
+    assert not assert_alike(tmp_path, "wav", bytes(200) + files["mp3"])
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_damaged_file_in_memory_is_refused_as_on_disk(
+    files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    name = data.draw(st.sampled_from(list(FORMATS)))
+    content = bytearray(files[name][: data.draw(st.integers(1, len(files[name])))])
+    for _ in range(data.draw(st.integers(0, 2))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert_alike(tmp_path_factory.getbasetemp(), name, bytes(content))
 
 
 def test_blocks_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

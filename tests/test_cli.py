@@ -116,6 +116,15 @@ def test_odd_recordings_are_scored_and_damaged_ones_named(run, tones, tmp_path, 
     fails(capfd, score(np.full_like(samples_S, np.nan), rate, "FLOAT"), 1, "1 of 1", "clip.wav", entry=cli.evaluate)
 
 
+def test_shards_are_scored_as_their_manifest(run, tones, tmp_path, capfd):
+    shards = tmp_path / "dev"
+    assert cli.main(["shard", str(tones / "dev.jsonl"), "--out", str(shards), "--workers", "1"]) == 0
+    for manifest in (shards, shards / "index.jsonl"):
+        assert cli.evaluate(["--run", str(run), "--manifest", str(manifest)]) == 0
+        assert "%WER 0.00 [0 / 9, 0 ins, 0 del, 0 sub]" in capfd.readouterr().out
+    assert cli.main(["lm", "build", str(shards), "--order", "2", "--out", str(tmp_path / "lm.arpa")]) == 0
+
+
 def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd):
     lm = tmp_path / "lm.arpa"
     assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0

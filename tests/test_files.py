@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxds2.files import WriteError, write_whole
+from jaxds2.files import WriteError, replacing, write_whole
 
 
 def refusal(path: Path, data: str | bytes = "new") -> str:
@@ -75,6 +75,21 @@ def test_an_interrupt_passes_through_and_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file.txt", "new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path):
+    path = tmp_path / "file.txt"
+    with replacing(path) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    block = replacing(path)
+    block.__enter__().write_text("new")
+    assert not block.__exit__(KeyError, KeyError(), None)
+    with pytest.raises(WriteError) as caught, replacing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value).endswith("(No space left on device); make room, then run the same command again")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
 
 
 def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_the_file_are_refused(tmp_path: Path):

@@ -47,6 +47,8 @@ ARROWS = {
     ("model.deepspeech2", "model.mingru"),
     ("model.scan", "model.mosaic"),
     ("data.pipeline", "data.plan"),
+    ("data.pipeline", "data.shards"),
+    ("data.audit", "data.shards"),
     ("decoding.beam", "decoding.lm"),
     ("data.placement", "data.pipeline"),
     ("training.loop", "evaluation.evaluate"),

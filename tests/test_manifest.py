@@ -40,6 +40,7 @@ def refusal(path: Path) -> str:
         ("{", "not JSON"),
         ('["a"]', "expected an object with audio_filepath, duration and text"),
         ("3", "expected an object"),
+        (json.dumps({**GOOD, "text": "a\ud83d"}), "holds one half of a surrogate pair"),
         *((json.dumps({k: v for k, v in GOOD.items() if k != key}), f"missing key '{key}'") for key in GOOD),
         (json.dumps({**GOOD, "duration": "1.5"}), "duration is '1.5', expected a number"),
         (json.dumps({**GOOD, "duration": True}), "duration is True, expected a number"),
@@ -53,6 +54,11 @@ def refusal(path: Path) -> str:
         (json.dumps({**GOOD, "text": None}), "text is None, expected a string"),
         (json.dumps({**GOOD, "audio_filepath": 3}), "audio_filepath is 3, expected a string"),
         (json.dumps({**GOOD, "audio_filepath": ""}), "audio_filepath is empty"),
+        (json.dumps({**GOOD, "id": "u", "shard_record": -1}), "shard_record is -1, expected the number of a recording"),
+        (json.dumps({**GOOD, "id": "u", "shard_record": True}), "shard_record is True, expected the number"),
+        (json.dumps({**GOOD, "id": "u", "shard_record": "1"}), "shard_record is '1', expected the number"),
+        (json.dumps({**GOOD, "id": "u", "shard_record": 2**40}), "shard_record is 1099511627776, expected the number"),
+        (json.dumps({**GOOD, "shard_record": 1}), "missing key 'id'"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, said: str):
@@ -90,7 +96,10 @@ def test_a_file_that_is_no_text_and_a_folder_are_refused(tmp_path: Path):
     (tmp_path / "m.jsonl").write_bytes(b"RIFF\xff\xfe\x00")
     assert "cannot be read" in refusal(tmp_path / "m.jsonl")
     (tmp_path / "folder").mkdir()
-    assert "cannot be read" in refusal(tmp_path / "folder")
+    assert "a folder without index.jsonl" in refusal(tmp_path / "folder")
+    (tmp_path / "folder/index.jsonl").mkdir()
+    with pytest.raises(ManifestError, match=r"index\.jsonl: cannot be read"):
+        read_manifest(tmp_path / "folder")
 
 
 def test_defaults_and_keys_of_other_tools(tmp_path: Path):
@@ -98,6 +107,11 @@ def test_defaults_and_keys_of_other_tools(tmp_path: Path):
     first, second = read_manifest(write_lines(tmp_path / "m.jsonl", *lines))
     assert (first.id, first.speaker) == ("a", None)
     assert (second.id, second.speaker) == ("7", "12")
+
+
+def test_characters_may_be_escaped(tmp_path: Path):
+    (utterance,) = read_manifest(write_lines(tmp_path / "m.jsonl", json.dumps({**GOOD, "text": "é\U0001f600"})))
+    assert utterance.text == "é\U0001f600"
 
 
 def test_a_recording_may_be_as_long_as_an_audio_file(tmp_path: Path):
@@ -126,6 +140,7 @@ utterances = st.builds(
     duration=st.integers(0, 10**9).map(lambda us: us / 1e6),
     text=texts,
     speaker=st.none() | texts,
+    shard_record=st.none() | st.integers(0, 2**31 - 1),
 )
 
 
@@ -135,6 +150,15 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
     write_manifest(path, written)
     assert read_manifest(path) == written
+
+
+def test_a_folder_of_shards_is_named_by_its_index(tmp_path: Path):
+    shard = tmp_path / "shard-00000.arrayrecord"
+    written = [dataclasses.replace(u, audio_filepath=shard, shard_record=i) for i, u in enumerate(UTTERANCES)]
+    write_manifest(tmp_path / "index.jsonl", written)
+    assert read_manifest(tmp_path) == read_manifest(tmp_path / "index.jsonl") == written
+    first, second = read_manifest(tmp_path)
+    assert first.audio_filepath is second.audio_filepath  # of ten million, not as many paths
 
 
 def test_a_manifest_is_there_whole_or_not_at_all(tmp_path: Path):

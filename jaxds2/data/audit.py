@@ -1,4 +1,4 @@
-"""What is wrong with a manifest: every audio file is decoded, every fault is counted and named.
+"""What is wrong with a manifest or with shards: every recording is decoded, every fault is counted and named.
 
 Errors make training or a score wrong (`jaxds2 check` exits 1); warnings are for a person to look at.
 """
@@ -18,7 +18,8 @@ import numpy as np
 from jaxds2.audio import AudioError, EmptyAudioError, NonFiniteAudioError, read_audio
 from jaxds2.config import FeatureConfig
 from jaxds2.ctc import min_frames
-from jaxds2.data.manifest import DURATION_TOLERANCE, ManifestError, Utterance, read_manifest
+from jaxds2.data.manifest import DURATION_TOLERANCE, INDEX, ManifestError, Utterance, manifest_path, read_manifest
+from jaxds2.data.shards import Recordings, shard_faults
 from jaxds2.text import Vocabulary
 
 SILENT_RANGE = 2 * 33
@@ -38,6 +39,7 @@ SHOWN_PER_KIND = 20
 """Offenders of a kind that `render` lists; `to_dict` has all."""
 
 ErrorKind = Literal[
+    "damaged shard",
     "unreadable",
     "empty",
     "non-finite",
@@ -210,7 +212,7 @@ def audit(
     compared, counted and spelled as `vocabulary.normalize` leaves them.
 
     Args:
-      manifests: paths.
+      manifests: paths; of folders of shards too, whose checksums are compared.
       vocabulary: the alphabet of the model.
       features: for the sampling rate.
       output_frames: frames that the CTC loss gets for a waveform of so many samples at `features.sample_rate`.
@@ -220,8 +222,14 @@ def audit(
       ManifestError: a manifest cannot be read, or is given twice.
     """
     _check_distinct(manifests)
-    listed = [(str(path), utterance) for path in manifests for utterance in read_manifest(path)]
-    waveforms = _read_all([u.audio_filepath for _, u in listed], features.sample_rate, progress)
+    read = {str(path): read_manifest(path) for path in manifests}
+    damaged = [
+        Finding("damaged shard", manifest, None, fault)
+        for manifest, utterances in read.items()
+        for fault in shard_faults(manifest, utterances, checksums=True, progress=progress)
+    ]
+    listed = [(manifest, utterance) for manifest, utterances in read.items() for utterance in utterances]
+    waveforms = _read_all([u for _, u in listed], features.sample_rate, progress)
     entries = [
         _Entry(
             manifest=manifest,
@@ -234,6 +242,7 @@ def audit(
     ]
     by_manifest = {str(path): [e for e in entries if e.manifest == str(path)] for path in manifests}
     findings = [
+        *damaged,
         *(f for e in entries for f in _check_audio(e)),
         *(f for e in entries for f in _check_label(e, vocabulary, output_frames)),
         *(f for group in by_manifest.values() for f in _check_rates(group)),
@@ -251,31 +260,37 @@ def audit(
 
 
 def _check_distinct(manifests: Sequence[str | Path]) -> None:
-    for path, times in Counter(Path(p).resolve() for p in manifests).items():
+    for path, times in Counter(manifest_path(p).resolve() for p in manifests).items():
         if times > 1:
             raise ManifestError(f"{path}: given {times} times, expected once")
 
 
 def _is_test(manifest: str) -> bool:
-    """Whether `test` is a word of its name: of `test-clean` and `an4_test`, but not of `latest`."""
-    return "test" in re.split(r"[\W\d_]+", Path(manifest).stem.lower())
+    """Whether `test` is a word of its name: of `test-clean` and `an4_test`, but not of `latest`.
+
+    Shards go by the name of their folder.
+    """
+    path = manifest_path(manifest)
+    name = path.absolute().parent.name if path.name == INDEX else path.stem
+    return "test" in re.split(r"[\W\d_]+", name.lower())
 
 
-def _read_all(paths: Sequence[Path], sample_rate: int, progress: bool) -> list[_Waveform | AudioError]:
-    """In the order of `paths`. Threads do: libsndfile, soxr, numpy and hashlib all release the interpreter's lock."""
+def _read_all(utterances: Sequence[Utterance], sample_rate: int, progress: bool) -> list[_Waveform | AudioError]:
+    """In their order. Threads do: libsndfile, soxr, numpy and hashlib all release the interpreter's lock."""
     from tqdm import tqdm
 
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    pool, recordings = ThreadPoolExecutor(os.cpu_count() or 1), Recordings()
     try:
-        results = pool.map(lambda path: _read(path, sample_rate), paths)
-        return list(tqdm(results, total=len(paths), desc="check", unit=" files", disable=not progress))
+        results = pool.map(lambda u: _read(recordings, u, sample_rate), utterances)
+        return list(tqdm(results, total=len(utterances), desc="check", unit=" files", disable=not progress))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+        recordings.close()
 
 
-def _read(path: Path, sample_rate: int) -> _Waveform | AudioError:
+def _read(recordings: Recordings, utterance: Utterance, sample_rate: int) -> _Waveform | AudioError:
     try:
-        waveform_S = read_audio(path, sample_rate=sample_rate)
+        waveform_S = read_audio(recordings.of(utterance), sample_rate=sample_rate)
     except AudioError as e:
         return e
     low, high = int(waveform_S.min()), int(waveform_S.max())

@@ -1,7 +1,8 @@
 """Manifests: one utterance a line, as JSON Lines.
 
 A line holds `audio_filepath` (relative to the manifest, or absolute), `duration` in seconds, `text`, and may hold `id`
-(default: the file's stem), `speaker`, and keys of other tools, which are ignored.
+(default: the file's stem), `speaker`, and keys of other tools, which are ignored. The index of a folder of shards is a
+manifest too: there `audio_filepath` is a shard and `shard_record` the number of the recording in it (data/shards.py).
 """
 
 import hashlib
@@ -13,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxds2.audio import MAX_DURATION
-from jaxds2.files import write_whole
+from jaxds2.files import replacing
 
 DURATION_TOLERANCE = 0.1
 """Seconds by which a file may differ from its declared duration: other tools round to a digit, and an MP3's header may
 be an estimate; less than this is no lost word. Of a longer file the declared part is used."""
 
 
+INDEX = "index.jsonl"
+"""The manifest of a folder of shards; naming the folder names it."""
+
+_MAX_RECORD = 2**31 - 1
 _LINES_NAMED = 5
 """Bad lines that one error describes; the rest are counted."""
 
@@ -28,50 +33,65 @@ class ManifestError(ValueError):
     """A manifest that cannot be used; its message names the file and the line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of which there may be ten million
 class Utterance:
     """One transcribed recording."""
 
     id: str
     audio_filepath: Path
+    """The recording, or the shard that holds it."""
     duration: float
     """Seconds, as declared by the manifest."""
     text: str
     speaker: str | None = None
+    shard_record: int | None = None
+    """Number of the recording in the shard; None: `audio_filepath` is the recording itself."""
+
+
+def manifest_path(path: str | Path) -> Path:
+    """The manifest that a path on the command line or in a config names: of a folder of shards, its index."""
+    path = Path(path)
+    return path / INDEX if path.is_dir() else path
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read and validate a manifest. The audio files themselves are not opened.
+    """Read and validate a manifest or the index of a folder of shards. The audio files themselves are not opened.
 
     Raises:
       ManifestError: no such file, an empty file, or bad lines, the first five in one message and the rest counted: not
         JSON, a missing key, a wrong type, a duration that no audio file may have, an id twice.
     """
-    path = Path(path)
+    folder, path = Path(path), manifest_path(path)
+    utterances: list[Utterance] = []
+    seen: dict[str, int] = {}
+    shards: dict[str, Path] = {}
+    faults: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would split a text at U+2028
+        with path.open(encoding="utf-8", newline="\n") as lines:  # a text may hold any other character that ends lines
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    utterance = _parse_line(line, path, shards)
+                except RecursionError:
+                    faults.append(f"{number}: brackets nested too deeply")
+                    continue
+                except ManifestError as e:
+                    faults.append(f"{number}: {e}")
+                    continue
+                if utterance.id in seen:
+                    faults.append(f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
+                seen.setdefault(utterance.id, number)
+                utterances.append(utterance)
     except FileNotFoundError:
+        if folder != path:
+            raise ManifestError(
+                f"{folder}: a folder without {INDEX}: no shards, or not all of them yet; name a manifest, or run "
+                f"`jaxds2 shard MANIFEST --out {folder}` to its end"
+            ) from None
         raise ManifestError(f"no manifest {path}; write one with `jaxds2 prepare`, see README") from None
     except (OSError, UnicodeDecodeError) as e:
         raise ManifestError(f"{path}: cannot be read ({e})") from None
-    utterances: list[Utterance] = []
-    seen: dict[str, int] = {}
-    faults: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            utterance = _parse_line(line, path)
-        except RecursionError:
-            faults.append(f"{number}: brackets nested too deeply")
-            continue
-        except ManifestError as e:
-            faults.append(f"{number}: {e}")
-            continue
-        if utterance.id in seen:
-            faults.append(f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
-        seen.setdefault(utterance.id, number)
-        utterances.append(utterance)
     if len(faults) == 1:
         raise ManifestError(f"{path}:{faults[0]}")
     if faults:
@@ -82,12 +102,17 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     return utterances
 
 
-def _parse_line(line: str, path: Path) -> Utterance:
-    """Raises ManifestError, its message without the place."""
+def _parse_line(line: str, path: Path, shards: dict[str, Path]) -> Utterance:
+    """Raises ManifestError, its message without the place. `shards` holds paths that lines share, by name."""
     try:
         record: Any = json.loads(line)
     except ValueError as e:
         raise ManifestError(f"not JSON ({e})") from None
+    if "\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ManifestError("holds one half of a surrogate pair, which is no character") from None
     if not isinstance(record, dict):
         raise ManifestError("expected an object with audio_filepath, duration and text")
     for key, kind in (("audio_filepath", str), ("duration", (int, float)), ("text", str)):
@@ -97,20 +122,31 @@ def _parse_line(line: str, path: Path) -> Utterance:
             expected = "a number" if key == "duration" else "a string"
             raise ManifestError(f"{key} is {record[key]!r}, expected {expected}")
     if not 0 <= record["duration"] <= MAX_DURATION:  # nor NaN
-        given = str(record["duration"])
-        shown = given if len(given) <= 20 else given[:20] + "..."
-        raise ManifestError(f"duration is {shown}, expected seconds, 0 to {MAX_DURATION:.0f}")
+        raise ManifestError(f"duration is {_shown(record['duration'])}, expected seconds, 0 to {MAX_DURATION:.0f}")
     if not record["audio_filepath"]:
         raise ManifestError("audio_filepath is empty")
-    audio = Path(record["audio_filepath"])
-    speaker = record.get("speaker")
+    name, number, speaker = record["audio_filepath"], record.get("shard_record"), record.get("speaker")
+    if number is None:
+        audio = path.parent / name  # an absolute name stays as it is
+    else:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _MAX_RECORD:
+            raise ManifestError(f"shard_record is {_shown(number)}, expected the number of a recording in a shard")
+        if not record.get("id"):
+            raise ManifestError("missing key 'id', which a recording in a shard goes by")
+        audio = shards.get(name) or shards.setdefault(name, path.parent / name)
     return Utterance(
         id=str(record.get("id") or audio.stem),
-        audio_filepath=audio if audio.is_absolute() else path.parent / audio,
+        audio_filepath=audio,
         duration=float(record["duration"]),
         text=record["text"],
         speaker=None if speaker is None else str(speaker),
+        shard_record=number,
     )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 20 else text[:20] + "..."
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
@@ -122,16 +158,26 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
       WriteError: it cannot be written.
     """
     path = Path(path)
-    root = Path(os.path.abspath(path.parent))
-    lines: list[str] = []
-    for u in utterances:
-        audio = Path(os.path.abspath(u.audio_filepath))
-        name = audio.relative_to(root) if audio.is_relative_to(root) else audio
-        record = {"audio_filepath": str(name), "duration": round(u.duration, 6), "text": u.text, "id": u.id}
-        if u.speaker is not None:
-            record["speaker"] = u.speaker
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines))
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        for u in utterances:
+            line = to_record(u, path.parent) | {"duration": round(u.duration, 6)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def to_record(utterance: Utterance, folder: Path) -> dict[str, Any]:
+    """What the line of an utterance says in a manifest that lies in `folder`."""
+    root, audio = os.path.abspath(folder), Path(os.path.abspath(utterance.audio_filepath))
+    record = {
+        "audio_filepath": str(audio.relative_to(root) if audio.is_relative_to(root) else audio),
+        "duration": utterance.duration,
+        "text": utterance.text,
+        "id": utterance.id,
+    }
+    if utterance.speaker is not None:
+        record["speaker"] = utterance.speaker
+    if utterance.shard_record is not None:
+        record["shard_record"] = utterance.shard_record
+    return record
 
 
 def manifest_digest(utterances: Sequence[Utterance]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxds2.audio import AudioError, change_speed, read_audio
 from jaxds2.data.manifest import DURATION_TOLERANCE, Utterance
 from jaxds2.data.plan import BatchPlan, Bucket
+from jaxds2.data.shards import Recordings
 from jaxds2.text import Vocabulary
 
 Array = Any
@@ -107,7 +108,9 @@ def load_batches(
     if len(utterances) != len(plan.num_samples_N):
         raise PipelineError(f"{len(utterances)} utterances, but the plan was made of {len(plan.num_samples_N)}")
     read = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=prefetch)
-    dataset = grain.MapDataset.source(_Steps(utterances, plan, vocabulary, start_step, stop_step)).to_iter_dataset(read)
+    recordings = Recordings()
+    steps = _Steps(utterances, plan, vocabulary, recordings, start_step, stop_step)
+    dataset = grain.MapDataset.source(steps).to_iter_dataset(read)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
@@ -120,6 +123,7 @@ def load_batches(
     finally:
         batches.close()
         iterator.close()
+        recordings.close()
         # What was read ahead must give back its shared memory now, not at the exit of the interpreter, which fails and
         # warns of leaks. grain's own references to it end in cycles, by way of the traceback of its StopIteration.
         del batches, iterator
@@ -167,13 +171,15 @@ class _Steps:
         utterances: Sequence[Utterance],
         plan: BatchPlan,
         vocabulary: Vocabulary | None,
+        recordings: Recordings,
         start: int,
         stop: int | None,
     ):
-        self._plan, self._vocabulary = plan, vocabulary
+        self._plan, self._vocabulary, self._recordings = plan, vocabulary, recordings
         # Lists of strings go to a worker ten times faster than 281,000 utterances with their paths.
         self._ids = [u.id for u in utterances]
         self._files = [str(u.audio_filepath) for u in utterances]
+        self._shard_records = [u.shard_record for u in utterances]
         self._texts = [] if vocabulary is None else [u.text for u in utterances]
         self._start, self._stop = start, sys.maxsize if stop is None else stop
 
@@ -216,10 +222,11 @@ class _Steps:
     def _read(self, index: int, speed: float) -> np.ndarray:
         """The waveform of an utterance at its speed, int16, no longer than the plan expects."""
         rate, declared = self._plan.sample_rate, int(self._plan.num_samples_N[index])
-        waveform_S = read_audio(self._files[index], sample_rate=rate)
+        recording = self._recordings.find(self._files[index], self._shard_records[index], self._ids[index])
+        waveform_S = read_audio(recording, sample_rate=rate)
         if abs(len(waveform_S) - declared) > DURATION_TOLERANCE * rate:
             raise AudioError(
-                f"{self._files[index]}: lasts {len(waveform_S) / rate:.2f} s, the manifest declares "
+                f"{recording}: lasts {len(waveform_S) / rate:.2f} s, the manifest declares "
                 f"{declared / rate:.2f} s: truncated, or another file? `jaxds2 check` lists all such files"
             )
         waveform_S = waveform_S[:declared]

@@ -36,12 +36,13 @@ class LMError(ValueError):
 
 
 def read_sentences(path: Path) -> list[str]:
-    """The sentences of a text file, one a line, blank lines left out; of a `.jsonl` manifest, its texts.
+    """The sentences of a text file, one a line, blank lines left out; of a `.jsonl` manifest or a folder of shards,
+    its texts.
 
     Raises:
       LMError: no such file, or not UTF-8. ManifestError: a bad manifest.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or path.is_dir():
         return [u.text for u in read_manifest(path)]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxds2.data.manifest import read_manifest
+from jaxds2.data.manifest import manifest_path
+from jaxds2.data.shards import read_utterances
 from jaxds2.decoding.beam import BeamDecoder
 from jaxds2.decoding.greedy import greedy_decode
 from jaxds2.evaluation.evaluate import evaluate
@@ -31,7 +32,7 @@ def score_run(
 
     Args:
       recognizer: the model and its weights.
-      manifest: what to score it on.
+      manifest: what to score it on; a folder of shards too.
       beam: the decoder; None is greedy.
       folder: where the report goes; made if absent.
       checkpoint: how the weights were asked for, for the report.
@@ -40,11 +41,12 @@ def score_run(
       The content of report.json.
 
     Raises:
-      ManifestError: a bad manifest. EvaluationError: a recording that cannot be scored. WriteError: as write_report.
+      ManifestError, ShardError: a bad manifest. EvaluationError: a recording that cannot be scored.
+      WriteError: as write_report.
     """
     vocabulary = recognizer.vocabulary
     decode = beam.decode if beam else lambda log_probs_UV: greedy_decode(log_probs_UV, vocabulary)
-    scores = evaluate(recognizer, read_manifest(manifest), decode)
+    scores = evaluate(recognizer, read_utterances(manifest), decode)
     report = write_report(
         folder,
         ids=scores.ids,
@@ -52,7 +54,7 @@ def score_run(
         hyps=scores.hyps,
         rtfx=scores.rtfx,
         manifest=str(manifest),
-        manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        manifest_sha256=hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest(),
         checkpoint=None if checkpoint is None else str(checkpoint),
         checkpoint_step=recognizer.step,
         decoder=beam.settings if beam else {"name": "greedy"},

@@ -134,7 +134,7 @@ def dry_run(config: Config) -> DryRun:
 
     Raises:
       ConfigError: neither the manifests nor a usable histogram are there.
-      ManifestError, TextError, PlanError: a manifest cannot be used.
+      ManifestError, ShardError, TextError, PlanError: a manifest cannot be used.
     """
     vocabulary = Vocabulary(config.data.characters)
     corpus = _read_corpus(config, vocabulary)
@@ -188,7 +188,7 @@ class _Corpus:
 def _read_corpus(config: Config, vocabulary: Vocabulary) -> _Corpus:
     if not config.data.train:
         raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
-    missing = [path for path in config.data.train if not Path(path).is_file()]
+    missing = [path for path in config.data.train if not Path(path).exists()]
     if not missing:
         return _from_manifests(config, vocabulary)
     if config.data.durations is None:

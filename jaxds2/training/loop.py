@@ -94,7 +94,7 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       0 when trained to the end, 75 when stopped by SIGINT or SIGTERM with everything saved.
 
     Raises:
-      ConfigError, ManifestError, AudioError, TextError, CheckpointError: it cannot start, one line each.
+      ConfigError, ManifestError, ShardError, AudioError, TextError, CheckpointError: it cannot start, one line each.
       TrainingError, PipelineError, EvaluationError: it cannot go on; the last good state is saved.
     """
     with StopSignal() as stop, Checkpoints(run_dir / "checkpoints") as checkpoints:

@@ -7,8 +7,9 @@ import numpy as np
 
 from jaxds2.audio import probe_audio
 from jaxds2.config import Config, ConfigError
-from jaxds2.data.manifest import Utterance, manifest_digest, read_manifest
+from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.plan import BatchPlan, select_utterances
+from jaxds2.data.shards import Recordings, read_utterances
 from jaxds2.inference.recognizer import output_frames
 from jaxds2.text import TextError, Vocabulary
 
@@ -17,11 +18,12 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
     """The utterances to train on, normalised, and the ids of those left out by reason.
 
     Raises:
-      ManifestError, TextError: a manifest cannot be used. ConfigError: none is named, or nothing is left of them.
+      ManifestError, ShardError, TextError: a manifest cannot be used.
+      ConfigError: none is named, or nothing is left of them.
     """
     if not config.data.train:
         raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
-    utterances = [u for path in config.data.train for u in read_manifest(path)]
+    utterances = [u for path in config.data.train for u in read_utterances(path)]
     kept, left_out = select_utterances(
         [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
         config.data,
@@ -72,15 +74,17 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
     They are looked at before training starts, since a fault would otherwise come up after the first epoch.
 
     Raises:
-      ManifestError: a bad manifest. AudioError: a recording cannot be opened. TextError: a text outside the alphabet.
+      ManifestError, ShardError: a bad manifest. AudioError: a recording cannot be opened.
+      TextError: a text outside the alphabet.
     """
     if config.data.dev is None:
         return []
-    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_manifest(config.data.dev)]
-    for u in utterances:
-        try:
-            vocabulary.encode(u.text)
-        except TextError as e:
-            raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
-        probe_audio(u.audio_filepath)
+    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_utterances(config.data.dev)]
+    with Recordings() as recordings:
+        for u in utterances:
+            try:
+                vocabulary.encode(u.text)
+            except TextError as e:
+                raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
+            probe_audio(recordings.of(u))
     return utterances
