@@ -77,6 +77,8 @@ def test_counts_of_each_utterance_add_up(pairs):
 def test_of_the_shortest_alignments_that_with_the_fewest_substitutions_is_taken():
     # Two substitutions would do as well.
     assert align_words(["a b"], ["b c"]) == [[("a", None), ("b", "b"), (None, "c")]]
+    # Of as many insertions and deletions the insertion is put last, as sclite does.
+    assert align_words(["x a b y"], ["x b a y"])[0] == [("x", "x"), ("a", None), ("b", "b"), (None, "a"), ("y", "y")]
     # Not at the price of one more edit: sclite's weights would make 6 edits of these 5.
     assert count_word_edits(["x y z a b"], ["a b c d e"]) == EditCounts(0, 0, 5, 5)
 

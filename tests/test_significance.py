@@ -94,6 +94,7 @@ def test_else_utterances_are_drawn(speakers):
 
 def test_no_errors_and_no_references():
     assert rate_intervals([counts(0, 0, 0)], resampling_units([None] * 3)) == [(0.0, 0.0)]
+    assert rate_intervals([counts(0, 0, reference=0)], resampling_units([None] * 2)) == [(0.0, 0.0)]
     ((low, high),) = rate_intervals([counts(1, 1, reference=0)], resampling_units([None] * 2))
     assert low == high == math.inf
 

@@ -25,9 +25,9 @@ from jaxds2.evaluation.breakdown import ScoredUtterance, confusions
 from jaxds2.features import log_mel
 from jaxds2.text import BLANK_ID, Vocabulary
 
-AUDIO_BYTES = 32 << 20
-"""Of base64 that sound may take: about 20 minutes of speech as FLAC, which every browser plays. Opus would hold four
-times as much, but takes 60 times as long to encode: minutes for a test set."""
+AUDIO_BYTES = 24 << 20
+"""Of base64 that sound may take: about a quarter of an hour of speech as FLAC, which every browser plays. Opus would
+hold four times as much, but takes 60 times as long to encode: minutes for a test set."""
 
 PICTURE_BYTES = 16 << 20
 """Of base64 that pictures may take: about 1,000 utterances of 7 s."""
