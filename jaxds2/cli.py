@@ -221,9 +221,9 @@ def _train(arguments: argparse.Namespace) -> int:
     return train_run(config, arguments.run or Path("runs") / config.name)
 
 
-def add_decoder(parser: argparse.ArgumentParser) -> None:
+def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -> None:
     """Options that choose a decoder."""
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--run", type=Path, required=run_required, metavar="DIR", help="folder of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
     parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
     parser.add_argument("--lm", type=Path, metavar="FILE", help="beam: n-gram model, ARPA or KenLM binary")
@@ -261,15 +261,27 @@ def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 eval`."""
-    add_decoder(parser)
+    add_decoder(parser, run_required=False)
     parser.add_argument(
         "--manifest", type=Path, metavar="FILE", help="or a folder of shards (default: data.test of the config)"
     )
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
+    parser.add_argument("--no-html", action="store_true", help="leave out report.html, with its sound and pictures")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="EVAL_DIR",
+        help="instead: is the difference between two scores of one manifest more than chance?",
+    )
     parser.set_defaults(call=_eval, usage=parser.format_usage())
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.compare:
+        return _compare(arguments)
+    if arguments.run is None:
+        raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
     from jaxds2.evaluation.report import score_run
     from jaxds2.inference.recognizer import Recognizer
 
@@ -292,7 +304,25 @@ def _eval(arguments: argparse.Namespace) -> int:
     for manifest in manifests:
         whole = manifest.absolute()
         name = arguments.name or f"{whole.parent.name}-{whole.stem}-{kind}"
-        score_run(recognizer, manifest, beam, folder=arguments.run / "eval" / name, checkpoint=arguments.checkpoint)
+        score_run(
+            recognizer,
+            manifest,
+            beam,
+            folder=arguments.run / "eval" / name,
+            checkpoint=arguments.checkpoint,
+            run_dir=arguments.run,
+            page=not arguments.no_html,
+        )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from jaxds2.evaluation.comparison import compare
+
+    if arguments.run or arguments.manifest or arguments.name:
+        raise ConfigError("--compare reads two scores that are there already; leave out --run, --manifest and --name")
+    _must_exist(*arguments.compare)
+    print(compare(*arguments.compare).render())
     return 0
 
 

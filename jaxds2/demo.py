@@ -50,9 +50,9 @@ def _evaluate(config: Config, run_dir: Path, test: Path, greedy: Path, beam: Pat
     sentences = [vocabulary.normalize(u.text) for path in config.data.train for u in read_manifest(path)]
     lm = build_ngram(sentences, run_dir / "lm.arpa")
     recognizer = Recognizer.load(run_dir)
-    score_run(recognizer, test, None, folder=greedy, checkpoint="best")
+    score_run(recognizer, test, None, folder=greedy, checkpoint="best", run_dir=run_dir)
     decoder = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
-    score_run(recognizer, test, decoder, folder=beam, checkpoint="best")
+    score_run(recognizer, test, decoder, folder=beam, checkpoint="best", run_dir=run_dir)
 
 
 def _show(run_dir: Path, manifest: Path, greedy: Path, beam: Path) -> None:

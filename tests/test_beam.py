@@ -209,3 +209,17 @@ def test_nothing_is_printed(lm, capfd, caplog):
     BeamDecoder(LETTERS, lm=lm).decode(log_softmax(spell("the sea")))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+def test_words_have_the_frames_in_which_they_are_spelled(lm):
+    log_probs_UV = log_softmax(spell("read the book"))
+    text, words = BeamDecoder(LETTERS, lm=lm).decode_words(log_probs_UV)
+    assert text == "read the book"
+    assert words is not None
+    # Three frames a character, the last of them blank.
+    assert [(word, first // 3, -(-end // 3)) for word, first, end in words] == [
+        ("read", 0, 4),
+        ("the", 5, 8),
+        ("book", 9, 13),
+    ]
+    assert BeamDecoder(LETTERS).decode_words(log_probs_UV[:0]) == ("", [])

@@ -66,8 +66,9 @@ def fails(capfd, arguments, code: int, *says: str, entry=cli.main) -> None:
 def test_from_training_to_a_word_error_rate(run, tones, capfd):
     assert cli.evaluate(["--run", str(run), "--manifest", str(tones / "dev.jsonl")]) == 0
     out = capfd.readouterr().out
-    assert "%WER 0.00 [0 / 9, 0 ins, 0 del, 0 sub]" in out
+    assert "%WER 0.00 [0 / 9, 0 ins, 0 del, 0 sub]\n" in out
     assert "%CER" in out
+    assert "95 % intervals: WER 0.00 to 0.00, CER 0.00 to 0.00 (bootstrap, 10000 resamples of 6 utterances)\n" in out
     report = json.loads((run / f"eval/{tones.name}-dev-greedy/report.json").read_text())
     assert report["wer"] == 0
     assert report["utterances"] == 6
@@ -140,6 +141,75 @@ def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd)
     both = capfd.readouterr()
     assert "dev-00.wav: " in both.out
     assert "gone.wav" in both.err
+
+
+def test_what_a_score_leaves_behind(run, tones, tmp_path, capfd):
+    arguments = ["--run", str(run), "--manifest", str(tones / "dev.jsonl"), "--name", "left"]
+    assert cli.evaluate(arguments) == 0
+    folder = run / "eval/left"
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.json", "utterances.jsonl", "recogs.txt", "errs.txt"),
+        *("ref.trn", "hyp.trn", "ref.stm", "hyp.ctm", "report.html"),
+    }
+    report = json.loads((folder / "report.json").read_text())
+    assert report["word_times"] is True
+    assert [row["speaker"] for row in report["breakdown"]["speaker"]] == ["dev-speaker"]
+    assert "data:audio/flac" in (folder / "report.html").read_text()
+    # Each word is where its tones sound: 0.05 s of noise, then 0.16 s a character, the spaces too.
+    spoken = read_manifest(tones / "dev.jsonl")
+    lines = [line.split() for line in (folder / "hyp.ctm").read_text().splitlines()]
+    for u in spoken:
+        words = [line for line in lines if line[0] == u.id]
+        assert [word for *_, word in words] == u.text.split()
+        for (_, channel, start, seconds, word), first in zip(
+            words, (match.start() for match in re.finditer(r"\S+", u.text)), strict=True
+        ):
+            assert channel == "A"
+            assert abs(float(start) - (0.05 + 0.16 * first)) < 0.15
+            assert abs(float(start) + float(seconds) - (0.05 + 0.16 * (first + len(word)))) < 0.15
+    assert cli.evaluate([*arguments, "--no-html"]) == 0
+    assert not (folder / "report.html").exists()
+
+
+def test_two_scores_are_compared_and_what_cannot_be_is_refused(run, tones, tmp_path, capfd):
+    folders = [run / "eval" / name for name in ("one", "two", "other")]
+    for folder, manifest in zip(folders, ("dev", "dev", "train"), strict=True):
+        arguments = ["--run", str(run), "--manifest", str(tones / f"{manifest}.jsonl"), "--no-html"]
+        assert cli.evaluate([*arguments, "--name", folder.name]) == 0
+    capfd.readouterr()
+    assert cli.evaluate(["--compare", str(folders[0]), str(folders[1])]) == 0
+    out = capfd.readouterr().out
+    assert out.count("%WER 0.00") == 2
+    assert "B - A: +0.00 points" in out
+    assert "MAPSSWE: 0 segments" in out
+    compare = ["--compare", folders[0]]
+    fails(capfd, [*compare, folders[0]], 1, "same folder", entry=cli.evaluate)
+    fails(capfd, [*compare, folders[2]], 1, "same manifest", "train.jsonl", entry=cli.evaluate)
+    fails(capfd, [*compare, tmp_path], 1, "no report.json", entry=cli.evaluate)
+    fails(capfd, [*compare, tmp_path / "gone"], 2, "gone", entry=cli.evaluate)
+    fails(capfd, [*compare, folders[1], "--run", run], 2, "leave out --run", entry=cli.evaluate)
+    fails(capfd, compare, 2, "--compare", entry=cli.evaluate)
+    fails(capfd, [], 2, "--run DIR", "--compare", entry=cli.evaluate)
+    (folders[1] / "utterances.jsonl").unlink()
+    fails(capfd, [*compare, folders[1]], 1, "utterances.jsonl", entry=cli.evaluate)
+
+
+def test_a_manifest_is_scored_whole_or_not_at_all(run, tones, tmp_path, capfd):
+    spoken, manifest = read_manifest(tones / "dev.jsonl"), tmp_path / "odd.jsonl"
+    arguments = ["--run", run, "--manifest", manifest, "--name", "odd"]
+    write_manifest(manifest, [dataclasses.replace(u, text=" .") for u in spoken])
+    fails(capfd, arguments, 1, "none of 6 utterances has a reference", "transcribe", entry=cli.evaluate)
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.zeros(100, np.int16), 16_000)
+    utterances = [*spoken, dataclasses.replace(spoken[0], id="short", audio_filepath=short, duration=100 / 16_000)]
+    write_manifest(manifest, utterances)
+    fails(capfd, arguments, 1, "1 of 7", "short: too short for one frame", "short.wav", entry=cli.evaluate)
+    assert not (run / "eval/odd").exists()
+    # One text of several that is empty, such as noise, is scored: what is heard there is inserted.
+    write_manifest(manifest, [dataclasses.replace(spoken[0], text=""), *spoken[1:]])
+    assert cli.evaluate([str(a) for a in arguments]) == 0
+    words = len(spoken[0].text.split())
+    assert f" {words} ins, 0 del, 0 sub]" in capfd.readouterr().out
 
 
 def test_digest_and_check(run, tones, capfd, tmp_path):

@@ -175,6 +175,7 @@ def test_no_loop_of_a_compiled_gradient_sums_more_of_the_residual_stream_in_a_de
         keys_B = jax.random.split(jax.random.key(1), len(LENGTHS_B))
         loss = jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)[0])))
         compiled = jax.jit(loss).lower(params).compile().as_text()
+        assert compiled is not None
         return max(line.count("param_") for line in compiled.splitlines() if line.startswith("%fused_computation"))
 
     assert most_arrays_read_by_one_loop(5) == most_arrays_read_by_one_loop(2)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxds2.decoding.greedy import collapse, greedy_decode
+from jaxds2.decoding.greedy import collapse, greedy_decode, greedy_words
 from jaxds2.text import Vocabulary
 
 VOCABULARY = Vocabulary("ab ")
@@ -43,3 +43,25 @@ def test_text_of_a_best_path_has_single_spaces():
     log_probs_UV = np.log(np.eye(4, dtype=np.float32)[ids_U] * 0.9 + 0.025)
     assert greedy_decode(log_probs_UV, VOCABULARY) == "aa b"
     assert greedy_decode(log_probs_UV[:0], VOCABULARY) == ""
+
+
+def one_hot(path):
+    return np.eye(VOCABULARY.size, dtype=np.float32)[path]
+
+
+def test_a_word_lasts_from_its_first_characters_first_frame_to_its_lasts_last():
+    #        0  1  2  3  4  5  6  7  8  9
+    path = [0, 1, 1, 0, 2, 0, 3, 0, 1, 1]
+    assert greedy_words(one_hot(path), VOCABULARY) == [("ab", 1, 5), ("a", 8, 10)]
+    assert greedy_words(one_hot([3, 0, 3]), VOCABULARY) == []
+    assert greedy_words(one_hot([1, 0, 1, 3, 0, 3, 2]), VOCABULARY) == [("aa", 0, 3), ("b", 6, 7)]
+    assert greedy_words(np.zeros((0, VOCABULARY.size)), VOCABULARY) == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=12))
+def test_words_are_those_of_the_text_in_order_and_apart(path):
+    words = greedy_words(one_hot(path), VOCABULARY)
+    assert " ".join(word for word, _, _ in words) == greedy_decode(one_hot(path), VOCABULARY)
+    frames = [frame for _, first, end in words for frame in (first, end)]
+    assert frames == sorted(frames)
+    assert all(first < end <= len(path) for _, first, end in words)

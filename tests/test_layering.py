@@ -25,9 +25,10 @@ FLOORS = (
         "model.linear",
         "training.optimizer",
         "evaluation.metrics",
+        "evaluation.sclite",
     ),
-    ("model.*", "data.*", "decoding.*"),
-    ("training.step", "training.checkpoint", "training.monitor"),
+    ("model.*", "data.*", "decoding.*", "evaluation.significance", "evaluation.breakdown"),
+    ("training.step", "training.checkpoint", "training.monitor", "evaluation.comparison", "evaluation.page"),
     (
         "training.selection",
         "training.compilation",

@@ -27,6 +27,7 @@ def test_a_layer_equals_that_of_flax_on_the_same_weights():
     ours = Linear(6, 4, dtype=jnp.float32, rngs=nnx.Rngs(params=0), bias=-2.0)
     theirs = nnx.Linear(6, 4, rngs=nnx.Rngs(params=0))
     np.testing.assert_array_equal(ours.kernel[...], theirs.kernel[...])
+    assert ours.bias is not None
     np.testing.assert_array_equal(ours.bias[...], jnp.full(4, -2.0))
     x = jax.random.normal(jax.random.key(1), (3, 2, 6))
     np.testing.assert_array_equal(ours(x), theirs(x) - 2.0)

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxds2.evaluation.metrics import EditCounts, align_words, count_character_edits, count_word_edits
+from jaxds2.evaluation.metrics import (
+    EditCounts,
+    align_words,
+    character_edits,
+    count_alignment,
+    count_character_edits,
+    count_word_edits,
+)
 
 texts = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6).map(" ".join)
 pairs = st.lists(st.tuples(texts, texts), max_size=4)
@@ -58,6 +65,27 @@ def test_alignment_spells_both_sides_and_has_the_counted_edits(pairs):
     insertions, deletions = sum(r is None for r, _ in flat), sum(h is None for _, h in flat)
     substitutions = sum(r != h for r, h in flat) - insertions - deletions
     assert EditCounts(insertions, deletions, substitutions, len(flat) - insertions) == count_word_edits(refs, hyps)
+
+
+@given(pairs)
+def test_counts_of_each_utterance_add_up(pairs):
+    refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]
+    assert [count_alignment(a) for a in align_words(refs, hyps)] == [count_word_edits([r], [h]) for r, h in pairs]
+    assert character_edits(refs, hyps) == [count_character_edits([r], [h]) for r, h in pairs]
+
+
+def test_of_the_shortest_alignments_that_with_the_fewest_substitutions_is_taken():
+    # Two substitutions would do as well.
+    assert align_words(["a b"], ["b c"]) == [[("a", None), ("b", "b"), (None, "c")]]
+    # Of as many insertions and deletions the insertion is put last, as sclite does.
+    assert align_words(["x a b y"], ["x b a y"])[0] == [("x", "x"), ("a", None), ("b", "b"), (None, "a"), ("y", "y")]
+    # Not at the price of one more edit: sclite's weights would make 6 edits of these 5.
+    assert count_word_edits(["x y z a b"], ["a b c d e"]) == EditCounts(0, 0, 5, 5)
+
+
+def test_a_long_text_is_aligned_too():
+    words = [f"w{i % 97}" for i in range(3000)]
+    assert count_word_edits([" ".join(words)], [" ".join(words[10:])]) == EditCounts(0, 10, 0, 3000)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from jaxds2.evaluation.breakdown import score_utterances
 from jaxds2.evaluation.report import write_report
 from jaxds2.files import WriteError
 
@@ -16,28 +17,78 @@ METADATA = {
 IDS = ["utt-b", "utt-c", "utt-a"]
 REFS = ["the cat sat", "erase it", "yes"]
 HYPS = ["the bat", "erase it all", "yes"]
+FILES = ["errs.txt", "hyp.trn", "recogs.txt", "ref.stm", "ref.trn", "report.json", "utterances.jsonl"]
+
+
+def scored(ids=IDS, refs=REFS, hyps=HYPS):
+    return score_utterances(ids, ["anna"] * len(ids), [1.5] * len(ids), refs, hyps)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_report_holds_the_corpus_counts(tmp_path):
-    report = write_report(tmp_path / "eval" / "x", ids=IDS, refs=REFS, hyps=HYPS, **METADATA)
+    report = write_report(tmp_path / "eval" / "x", scored(), **METADATA)
     assert json.loads((tmp_path / "eval" / "x" / "report.json").read_text()) == report
+    counts = {"words": 6, "insertions": 1, "deletions": 1, "substitutions": 1}
     assert report == {
-        "schema_version": 1,
+        "schema_version": 2,
         "wer": 3 / 6,
+        # Drawn three times of three: all may be the right one, or the one with 2 of 3 words (4 of 8 characters) wrong.
+        "wer_interval": [0.0, 2 / 3],
         "cer": 9 / 22,
-        "words": 6,
-        "insertions": 1,
-        "deletions": 1,
-        "substitutions": 1,
+        "cer_interval": [0.0, 4 / 8],
+        "intervals": {
+            "method": "bootstrap percentiles",
+            "level": 0.95,
+            "replicates": 10_000,
+            "seed": 0,
+            "resampled": "utterances",
+            "units": 3,
+        },
+        **counts,
         "characters": 22,
         "character_errors": 9,
         "utterances": 3,
+        "utterances_with_errors": 2,
+        "word_times": False,
+        "breakdown": {
+            "speaker": [{"speaker": "anna", "utterances": 3, "seconds": 4.5, **counts, "wer": 0.5}],
+            "words": [
+                {
+                    "from": 1,
+                    "to": 2,
+                    "utterances": 2,
+                    "seconds": 3.0,
+                    "words": 3,
+                    "insertions": 1,
+                    "deletions": 0,
+                    "substitutions": 0,
+                    "wer": 1 / 3,
+                },
+                {
+                    "from": 3,
+                    "to": 5,
+                    "utterances": 1,
+                    "seconds": 1.5,
+                    "words": 3,
+                    "insertions": 0,
+                    "deletions": 1,
+                    "substitutions": 1,
+                    "wer": 2 / 3,
+                },
+            ],
+            "seconds": [{"from": 0, "to": 2, "utterances": 3, "seconds": 4.5, **counts, "wer": 0.5}],
+        },
+        "confusions": {"substitutions": [["sat", "bat", 1]], "deletions": [["cat", 1]], "insertions": [["all", 1]]},
+        "worst": [{"id": "utt-b", "errors": 2, "words": 3}, {"id": "utt-c", "errors": 1, "words": 2}],
         **METADATA,
     }
 
 
 def test_recognitions_are_sorted_by_id(tmp_path):
-    write_report(tmp_path, ids=IDS, refs=REFS, hyps=HYPS, **METADATA)
+    write_report(tmp_path, scored(), **METADATA)
     assert (tmp_path / "recogs.txt").read_text().splitlines() == [
         "utt-a: ref=yes",
         "utt-a: hyp=yes",
@@ -49,13 +100,8 @@ def test_recognitions_are_sorted_by_id(tmp_path):
 
 
 def test_errors_are_marked_and_counted(tmp_path):
-    write_report(
-        tmp_path,
-        ids=[*IDS, "utt-d"],
-        refs=[*REFS, "a cat a cat a"],
-        hyps=[*HYPS, "a bat a rat a"],
-        **METADATA,
-    )
+    utterances = scored([*IDS, "utt-d"], [*REFS, "a cat a cat a"], [*HYPS, "a bat a rat a"])
+    write_report(tmp_path, utterances, **METADATA)
     assert (tmp_path / "errs.txt").read_text() == (
         "%WER 45.45 [5 / 11, 1 ins, 1 del, 3 sub]\n"
         "%CER 31.43 [11 / 35, 4 ins, 4 del, 3 sub]\n"
@@ -63,16 +109,17 @@ def test_errors_are_marked_and_counted(tmp_path):
         "\n"
         "UTTERANCES: (ref->hyp) substituted, (ref->*) deleted, (*->hyp) inserted\n"
         "utt-a: yes\n"
-        "utt-b: the (cat->bat) (sat->*)\n"
+        "utt-b: the (cat->*) (sat->bat)\n"
         "utt-c: erase it (*->all)\n"
         "utt-d: a (cat->bat) a (cat->rat) a\n"
         "\n"
         "SUBSTITUTIONS: count ref -> hyp\n"
-        "2 cat -> bat\n"
+        "1 cat -> bat\n"
         "1 cat -> rat\n"
+        "1 sat -> bat\n"
         "\n"
         "DELETIONS: count ref\n"
-        "1 sat\n"
+        "1 cat\n"
         "\n"
         "INSERTIONS: count hyp\n"
         "1 all\n"
@@ -80,22 +127,23 @@ def test_errors_are_marked_and_counted(tmp_path):
 
 
 def test_errors_against_no_reference_leave_valid_json(tmp_path):
-    report = write_report(tmp_path, ids=["u"], refs=[""], hyps=["boo"], **METADATA)
+    report = write_report(tmp_path, scored(["u"], [""], ["boo"]), **METADATA)
     assert report["wer"] is None
+    assert report["wer_interval"] == [None, None]
     assert report["insertions"] == 1
     assert json.loads((tmp_path / "report.json").read_text())["cer"] is None
     assert "u: (*->boo)\n" in (tmp_path / "errs.txt").read_text()
 
 
 def test_a_rewritten_report_leaves_nothing_else_behind(tmp_path):
-    write_report(tmp_path, ids=IDS, refs=REFS, hyps=HYPS, **METADATA)
-    write_report(tmp_path, ids=IDS, refs=REFS, hyps=REFS, **METADATA)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["errs.txt", "recogs.txt", "report.json"]
+    write_report(tmp_path, scored(), **METADATA)
+    write_report(tmp_path, scored(hyps=REFS), **METADATA)
+    assert names(tmp_path) == FILES
     assert json.loads((tmp_path / "report.json").read_text())["wer"] == 0.0
 
 
 def test_a_report_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
-    write_report(tmp_path, ids=IDS, refs=REFS, hyps=REFS, **METADATA)
+    write_report(tmp_path, scored(hyps=REFS), **METADATA)
     before = {p.name: p.read_text() for p in tmp_path.iterdir()}
 
     def no_space(*_):
@@ -103,11 +151,45 @@ def test_a_report_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", no_space)
     with pytest.raises(WriteError, match="No space"):
-        write_report(tmp_path, ids=IDS, refs=REFS, hyps=HYPS, **METADATA)
+        write_report(tmp_path, scored(), **METADATA)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
 
 
-def test_unequal_numbers_are_refused_before_anything_is_written(tmp_path):
+def test_unequal_numbers_are_refused():
+    with pytest.raises(ValueError, match="3 references and 2 hypotheses"):
+        scored(hyps=HYPS[:2])
     with pytest.raises(ValueError, match="shorter"):
-        write_report(tmp_path / "x", ids=IDS, refs=REFS, hyps=HYPS[:2], **METADATA)
-    assert not (tmp_path / "x").exists()
+        score_utterances(IDS, ["anna"], [1.5] * 3, REFS, HYPS)
+
+
+def test_utterances_are_there_for_programs_and_for_sclite(tmp_path):
+    times = {i: [(w, 0.5 * k, 0.5 * k + 0.25) for k, w in enumerate(h.split())] for i, h in zip(IDS, HYPS, strict=True)}
+    assert write_report(tmp_path, scored(), times=times, **METADATA)["word_times"] is True
+    rows = [json.loads(line) for line in (tmp_path / "utterances.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == sorted(IDS)
+    assert rows[1] == {
+        "id": "utt-b",
+        "speaker": "anna",
+        "duration": 1.5,
+        "ref": "the cat sat",
+        "hyp": "the bat",
+        "words": 3,
+        "word_errors": 2,
+        "characters": 11,
+        "character_errors": 5,
+    }
+    assert (tmp_path / "hyp.trn").read_text().splitlines()[1] == "the bat (anna-utt-b)"
+    assert (tmp_path / "ref.trn").read_text().splitlines()[1] == "the cat sat (anna-utt-b)"
+    assert (tmp_path / "ref.stm").read_text().splitlines()[1] == "utt-b A anna 0.000 1.500 the cat sat"
+    assert (tmp_path / "hyp.ctm").read_text().splitlines()[1:3] == [
+        "utt-b A 0.000 0.250 the",
+        "utt-b A 0.500 0.250 bat",
+    ]
+
+
+def test_what_this_score_has_not_is_not_left_from_the_one_before(tmp_path):
+    write_report(tmp_path, scored(), times={i: [] for i in IDS}, page=lambda report: f"{report['wer']}", **METADATA)
+    assert (tmp_path / "report.html").read_text() == "0.5"
+    assert names(tmp_path) == sorted([*FILES, "hyp.ctm", "report.html"])
+    write_report(tmp_path, scored(), times={IDS[0]: []}, **METADATA)  # not of every utterance
+    assert names(tmp_path) == FILES

@@ -98,14 +98,31 @@ class BeamDecoder:
         Raises:
           DecoderError: another number of classes than the vocabulary's, or values that are not numbers.
         """
+        return self.decode_words(log_probs_UV)[0]
+
+    def decode_words(self, log_probs_UV: np.ndarray) -> tuple[str, list[tuple[str, int, int]] | None]:
+        """The best text, and its words with the frames that pyctcdecode gives them.
+
+        Args:
+          log_probs_UV: as for decode.
+
+        Returns:
+          The text, and (word, first frame, frame behind the last) in order; None where the library's frames are not
+          as many as the words.
+
+        Raises:
+          DecoderError: as decode.
+        """
         if log_probs_UV.ndim != 2 or log_probs_UV.shape[1] != self.vocabulary.size:
             raise DecoderError(f"log-probabilities of shape {log_probs_UV.shape}: expected (U, {self.vocabulary.size})")
         if np.isnan(log_probs_UV).any():
             raise DecoderError("log-probabilities hold NaN: the model's weights or its input are damaged")
         if len(log_probs_UV) == 0:
-            return ""
+            return "", []
         logits: Any = np.asarray(log_probs_UV, np.float32)
-        return self._decoder.decode_beams(logits, **self._pruning)[0][0]
+        text, _, frames, *_ = self._decoder.decode_beams(logits, **self._pruning)[0]
+        words = [(word, int(first), int(end)) for word, (first, end) in frames]
+        return text, words if [word for word, _, _ in words] == text.split() else None
 
 
 def _language_model(

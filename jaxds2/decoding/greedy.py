@@ -21,3 +21,29 @@ def greedy_decode(log_probs_UV: np.ndarray, vocabulary: Vocabulary) -> str:
       vocabulary: its characters are the classes 1 ... V - 1.
     """
     return " ".join(vocabulary.decode(collapse(log_probs_UV.argmax(axis=-1).tolist())).split())
+
+
+def greedy_words(log_probs_UV: np.ndarray, vocabulary: Vocabulary) -> list[tuple[str, int, int]]:
+    """The words of greedy_decode with the output frames in which its path writes them.
+
+    Args:
+      log_probs_UV: as for greedy_decode.
+      vocabulary: as for greedy_decode.
+
+    Returns:
+      (word, first frame of its first character, frame behind the last one of its last character), in order.
+    """
+    words: list[tuple[str, int, int]] = []
+    frame, inside = 0, False
+    for label, run in groupby(log_probs_UV.argmax(axis=-1).tolist()):
+        start, frame = frame, frame + sum(1 for _ in run)
+        character = vocabulary.decode([label])
+        if character.isspace():
+            inside = False
+        elif character and inside:
+            word, first, _ = words[-1]
+            words[-1] = (word + character, first, frame)
+        elif character:
+            words.append((character, start, frame))
+            inside = True
+    return words

@@ -56,6 +56,7 @@ def evaluate(
     warm_up: bool = True,
     progress: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Callable[[int, np.ndarray], None] = lambda index, log_probs_UV: None,
 ) -> Scores:
     """Decode every utterance once and count its edits.
 
@@ -67,11 +68,18 @@ def evaluate(
       warm_up: compile every batch shape before the clock starts.
       progress: show a bar.
       should_stop: polled at each batch.
+      keep: called after each decode with the utterance's index and its log_probs_UV.
 
     Raises:
-      EvaluationError: a recording could not be read.
+      EvaluationError: no utterance has a reference, a recording could not be read, or is too short for one frame.
       Interrupted: should_stop() said so.
     """
+    refs = [recognizer.vocabulary.normalize(u.text) for u in utterances]
+    if not any(refs):
+        raise EvaluationError(
+            f"none of {len(utterances)} utterances has a reference text, so there is nothing to score against; "
+            f"`jaxds2 transcribe` reads audio that has none"
+        )
     plan = recognizer.plan(utterances)
     if warm_up:
         recognizer.warm_up(plan)
@@ -92,7 +100,12 @@ def evaluate(
                 if index < 0:
                     continue
                 log_probs_UV = np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
+                if not len(log_probs_UV):
+                    u = utterances[index]
+                    failed.append(f"{u.id}: too short for one frame ({u.audio_filepath}, {u.duration:.3f} s)")
+                    continue
                 hyps[index] = decode(log_probs_UV)
+                keep(index, log_probs_UV)
                 if with_loss and not output.feasible_B[row]:
                     infeasible.append(utterances[index].id)
                 elif with_loss:
@@ -107,7 +120,6 @@ def evaluate(
         raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
     if sorted(hyps) != list(range(len(utterances))):
         raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: a fault of the plan")
-    refs = [recognizer.vocabulary.normalize(u.text) for u in utterances]
     texts = [hyps[i] for i in range(len(utterances))]
     return Scores(
         ids=[u.id for u in utterances],

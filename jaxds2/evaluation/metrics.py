@@ -1,12 +1,20 @@
-"""Edit counts, summed over a corpus, and the error rates that come of them."""
+"""Edit counts, summed over a corpus, and the error rates that come of them.
+
+Where several shortest alignments of words exist, the one that NIST's sclite takes is taken, so that insertions,
+deletions and substitutions are those of sclite, not only their sum.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jiwer import WordOutput
+import numpy as np
+
+Alignment = list[tuple[str | None, str | None]]
+"""Aligned words (ref, hyp) of one utterance: (word, None) is a deletion, (None, word) an insertion."""
+
+_MATCH, _INSERT, _DELETE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def count_word_edits(refs: Sequence[str], hyps: Sequence[str]) -> EditCounts:
     Raises:
       ValueError: refs and hyps differ in number.
     """
-    return _count(refs, hyps, _words)
+    return sum_edits(count_alignment(pairs) for pairs in align_words(refs, hyps))
 
 
 def count_character_edits(refs: Sequence[str], hyps: Sequence[str]) -> EditCounts:
@@ -70,53 +78,91 @@ def count_character_edits(refs: Sequence[str], hyps: Sequence[str]) -> EditCount
     Raises:
       ValueError: refs and hyps differ in number.
     """
-    return _count(refs, hyps, list)
+    return sum_edits(character_edits(refs, hyps))
 
 
-def align_words(refs: Sequence[str], hyps: Sequence[str]) -> list[list[tuple[str | None, str | None]]]:
-    """For each pair of texts its aligned words (ref, hyp): (word, None) is a deletion, (None, word) an insertion.
+def sum_edits(counts: Iterable[EditCounts]) -> EditCounts:
+    """The counts of a corpus from those of its utterances."""
+    return sum(counts, EditCounts())
 
-    The alignment is the one that count_word_edits counts.
+
+def count_alignment(pairs: Alignment) -> EditCounts:
+    """The edits of one utterance's alignment."""
+    insertions, deletions = sum(ref is None for ref, _ in pairs), sum(hyp is None for _, hyp in pairs)
+    wrong = sum(ref != hyp for ref, hyp in pairs)
+    return EditCounts(insertions, deletions, wrong - insertions - deletions, len(pairs) - insertions)
+
+
+def character_edits(refs: Sequence[str], hyps: Sequence[str]) -> list[EditCounts]:
+    """The character edits of each pair.
 
     Raises:
       ValueError: refs and hyps differ in number.
     """
-    output = _process(refs, hyps, _words)
-    alignments = []
-    for ref, hyp, chunks in zip(output.references, output.hypotheses, output.alignments, strict=True):
-        pairs: list[tuple[str | None, str | None]] = []
-        for c in chunks:
-            refs_here, hyps_here = ref[c.ref_start_idx : c.ref_end_idx], hyp[c.hyp_start_idx : c.hyp_end_idx]
-            if c.type == "delete":
-                pairs += [(word, None) for word in refs_here]
-            elif c.type == "insert":
-                pairs += [(None, word) for word in hyps_here]
-            else:
-                pairs += zip(refs_here, hyps_here, strict=True)
-        alignments.append(pairs)
-    return alignments
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-def _count(refs: Sequence[str], hyps: Sequence[str], split: Callable[[str], list[str]]) -> EditCounts:
-    output = _process(refs, hyps, split)
-    return EditCounts(
-        output.insertions,
-        output.deletions,
-        output.substitutions,
-        output.hits + output.deletions + output.substitutions,
-    )
-
-
-def _process(refs: Sequence[str], hyps: Sequence[str], split: Callable[[str], list[str]]) -> "WordOutput":
     import jiwer
 
+    _check_numbers(refs, hyps)
+    # In place of jiwer's transforms, which strip spaces before they split.
+    transform: Any = lambda texts: [list(text) for text in texts]  # noqa: E731
+    output = jiwer.process_words(list(refs), list(hyps), transform, transform)
+    counts = []
+    for ref, chunks in zip(output.references, output.alignments, strict=True):
+        edits = {"insert": 0, "delete": 0, "substitute": 0, "equal": 0}
+        for c in chunks:
+            edits[c.type] += max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
+        counts.append(EditCounts(edits["insert"], edits["delete"], edits["substitute"], len(ref)))
+    return counts
+
+
+def align_words(refs: Sequence[str], hyps: Sequence[str]) -> list[Alignment]:
+    """The aligned words of each pair of texts, along a shortest path (Levenshtein 1966).
+
+    Of the shortest paths the one with the fewest substitutions is taken, and of those the one that, read from the end,
+    prefers a pair to an insertion and an insertion to a deletion. That is sclite's choice. sclite itself minimises
+    4 substitutions + 3 (insertions + deletions), which agrees but where the text is mostly wrong: there it may count
+    an edit more than needed (7 of 400 synthetic utterances at 80 % errors).
+
+    Raises:
+      ValueError: refs and hyps differ in number.
+    """
+    _check_numbers(refs, hyps)
+    return [_align(ref.split(), hyp.split()) for ref, hyp in zip(refs, hyps, strict=True)]
+
+
+def _align(ref: list[str], hyp: list[str]) -> Alignment:
+    if ref == hyp:
+        return list(zip(ref, hyp, strict=True))
+    moves_NM = _moves(ref, hyp)
+    i, j = len(ref), len(hyp)
+    pairs: Alignment = []
+    while i or j:
+        move = moves_NM[i, j]
+        i, j = i - (move != _INSERT), j - (move != _DELETE)
+        pairs.append((None if move == _INSERT else ref[i], None if move == _DELETE else hyp[j]))
+    return pairs[::-1]
+
+
+def _moves(ref: list[str], hyp: list[str]) -> np.ndarray:
+    """The last move of the best alignment of every prefix of ref with every prefix of hyp, (N + 1, M + 1) uint8."""
+    # A substitution costs a little more than the others: it decides only between paths of as many edits.
+    edit = 2 * max(len(ref), len(hyp)) + 1
+    ids = {word: i for i, word in enumerate({*ref, *hyp})}
+    ref_N, hyp_M = np.array([ids[w] for w in ref], np.int64), np.array([ids[w] for w in hyp], np.int64)
+    inserted_M = edit * np.arange(len(hyp) + 1, dtype=np.int64)
+    moves_NM = np.full((len(ref) + 1, len(hyp) + 1), _INSERT, np.uint8)
+    costs_M = inserted_M
+    for i, word in enumerate(ref_N, start=1):
+        deleted_M = costs_M + edit
+        matched_M = deleted_M + edit  # more than the least for the first, which has nothing to pair with
+        matched_M[1:] = costs_M[:-1] + (hyp_M != word) * (edit + 1)
+        # Insertions run along the row: the least cost so far, each step further costs one more.
+        costs_M = np.minimum.accumulate(np.minimum(matched_M, deleted_M) - inserted_M) + inserted_M
+        inserts_M = np.zeros(len(costs_M), bool)
+        inserts_M[1:] = costs_M[1:] == costs_M[:-1] + edit
+        moves_NM[i] = np.where(costs_M == matched_M, _MATCH, np.where(inserts_M, _INSERT, _DELETE))
+    return moves_NM
+
+
+def _check_numbers(refs: Sequence[str], hyps: Sequence[str]) -> None:
     if len(refs) != len(hyps):
         raise ValueError(f"{len(refs)} references and {len(hyps)} hypotheses: expected as many of each")
-
-    # In place of jiwer's transforms, which strip spaces before they split.
-    transform: Any = lambda texts: [split(text) for text in texts]  # noqa: E731
-    return jiwer.process_words(list(refs), list(hyps), transform, transform)

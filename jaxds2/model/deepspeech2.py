@@ -259,6 +259,7 @@ class DeepSpeech2(nnx.Module):
         if self.scan_layers:
             x_UBD = self._scan_layers(x_UBD, lengths_B, dropout)
         else:
+            assert self.norm.scale is not None
             for layer in self.layers:
                 x_UBD = _stored(layer(x_UBD, lengths_B, dropout), self.norm.scale[0])
         if self.lookahead is not None:
