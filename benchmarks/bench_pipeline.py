@@ -40,7 +40,8 @@ def encode(name: str, folder: Path, arguments: argparse.Namespace) -> "list[Utte
     import soundfile
 
     from jaxds2.audio import read_audio
-    from jaxds2.data.manifest import Utterance, read_manifest
+    from jaxds2.data.manifest import Utterance
+    from jaxds2.data.shards import Recordings, read_utterances
 
     count = 4 if arguments.small else UTTERANCES
     if arguments.manifest is None:
@@ -48,8 +49,9 @@ def encode(name: str, folder: Path, arguments: argparse.Namespace) -> "list[Utte
         waves = [rng.integers(-3000, 3000, rng.integers(16_000, 48_000)).astype(np.int16) for _ in range(count)]
         texts = ["noise"] * count
     else:
-        found = read_manifest(arguments.manifest)[:count]
-        waves, texts = [read_audio(u.audio_filepath) for u in found], [u.text for u in found]
+        found = read_utterances(arguments.manifest)[:count]
+        with Recordings() as recordings:
+            waves, texts = [read_audio(recordings.of(u)) for u in found], [u.text for u in found]
     utterances = []
     for i, (wave_S, text) in enumerate(zip(waves, texts, strict=True)):
         path = folder / f"{i}.{name}"

@@ -298,17 +298,19 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"{manifest}, a test manifest of {arguments.run / 'config.json'}, does not exist; write it with "
                 f"`jaxds2 prepare`, or name another with --manifest"
             )
+    names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
+    if len(set(names)) < len(names):
+        together = ", ".join(map(str, manifests))
+        raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
     beam = _beam(arguments, recognizer.vocabulary.characters)
     kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
-    for manifest in manifests:
-        whole = manifest.absolute()
-        name = arguments.name or f"{whole.parent.name}-{whole.stem}-{kind}"
+    for manifest, name in zip(manifests, names, strict=True):
         score_run(
             recognizer,
             manifest,
             beam,
-            folder=arguments.run / "eval" / name,
+            folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
             checkpoint=arguments.checkpoint,
             run_dir=arguments.run,
             page=not arguments.no_html,
@@ -316,11 +318,25 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _name_of_set(manifest: Path) -> str:
+    """Corpus and set: an4-test of data/an4/test.jsonl, and of the shards in data/an4/shards/test."""
+    from jaxds2.data.manifest import INDEX, manifest_path
+
+    path = manifest_path(manifest).absolute()
+    if path.name != INDEX:
+        return f"{path.parent.name}-{path.stem}"
+    folder = path.parent
+    corpus = folder.parent.parent if folder.parent.name == "shards" else folder.parent
+    return f"{corpus.name}-{folder.name}"
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from jaxds2.evaluation.comparison import compare
 
-    if arguments.run or arguments.manifest or arguments.name:
-        raise ConfigError("--compare reads two scores that are there already; leave out --run, --manifest and --name")
+    if arguments.run or arguments.manifest or arguments.name or arguments.lm or arguments.decoder != "greedy":
+        raise ConfigError(
+            "--compare reads two scores that are there already; leave out --run, --manifest, --name, --decoder and --lm"
+        )
     _must_exist(*arguments.compare)
     print(compare(*arguments.compare).render())
     return 0

@@ -188,10 +188,24 @@ def test_two_scores_are_compared_and_what_cannot_be_is_refused(run, tones, tmp_p
     fails(capfd, [*compare, tmp_path], 1, "no report.json", entry=cli.evaluate)
     fails(capfd, [*compare, tmp_path / "gone"], 2, "gone", entry=cli.evaluate)
     fails(capfd, [*compare, folders[1], "--run", run], 2, "leave out --run", entry=cli.evaluate)
+    fails(capfd, [*compare, folders[1], "--decoder", "beam"], 2, "--decoder", entry=cli.evaluate)
     fails(capfd, compare, 2, "--compare", entry=cli.evaluate)
     fails(capfd, [], 2, "--run DIR", "--compare", entry=cli.evaluate)
     (folders[1] / "utterances.jsonl").unlink()
     fails(capfd, [*compare, folders[1]], 1, "utterances.jsonl", entry=cli.evaluate)
+
+
+def test_a_score_goes_by_its_corpus_and_set(run, tones, tmp_path, capfd):
+    assert cli._name_of_set(Path("data/an4/test.jsonl")) == "an4-test"
+    for folder, name in (("x/shards/test-clean", "x-test-clean"), ("x/v1.5", "x-v1.5")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "index.jsonl").touch()
+        for path in (folder, f"{folder}/index.jsonl"):
+            assert cli._name_of_set(tmp_path / path) == name
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["test"] = [str(tones / "dev.jsonl")] * 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fails(capfd, ["--run", tmp_path], 2, "go by one name", entry=cli.evaluate)
 
 
 def test_a_manifest_is_scored_whole_or_not_at_all(run, tones, tmp_path, capfd):

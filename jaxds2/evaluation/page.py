@@ -104,7 +104,7 @@ def collect_media(
             try:
                 waveform_S = read_audio(recordings.of(u), sample_rate=features.sample_rate)
             except AudioError:
-                continue  # gone or changed since it was scored; the page links to it all the same
+                continue  # gone or changed since it was scored; the page has its row all the same
             sound = _flac(waveform_S, features.sample_rate) if audio_bytes > 0 else ""
             mel = probabilities = ""
             if picture_bytes > 0:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxds2.audio import probe_audio
+from jaxds2.audio import AudioError, probe_audio
 from jaxds2.config import Config, ConfigError
 from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.plan import BatchPlan, select_utterances
@@ -74,8 +74,8 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
     They are looked at before training starts, since a fault would otherwise come up after the first epoch.
 
     Raises:
-      ManifestError, ShardError: a bad manifest. AudioError: a recording cannot be opened.
-      TextError: a text outside the alphabet.
+      ManifestError, ShardError: a bad manifest. AudioError: a recording cannot be opened, or is too short for a frame.
+      TextError: a text outside the alphabet. ConfigError: no utterance has a text.
     """
     if config.data.dev is None:
         return []
@@ -86,5 +86,9 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
                 vocabulary.encode(u.text)
             except TextError as e:
                 raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
-            probe_audio(recordings.of(u))
+            seconds = probe_audio(recordings.of(u)).duration
+            if output_frames(round(seconds * config.features.sample_rate), config) < 1:
+                raise AudioError(f"{u.audio_filepath}: too short for one frame ({seconds:.3f} s); leave out {u.id!r}")
+    if not any(u.text for u in utterances):
+        raise ConfigError(f"{config.data.dev}: no utterance has a text, so there is no error rate; set data.dev=None")
     return utterances
