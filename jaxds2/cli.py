@@ -320,14 +320,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _name_of_set(manifest: Path) -> str:
     """Corpus and set: an4-test of data/an4/test.jsonl, and of the shards in data/an4/shards/test."""
-    from jaxds2.data.manifest import INDEX, manifest_path
+    from jaxds2.data.manifest import INDEX, manifest_path, set_name
 
     path = manifest_path(manifest).absolute()
-    if path.name != INDEX:
-        return f"{path.parent.name}-{path.stem}"
-    folder = path.parent
-    corpus = folder.parent.parent if folder.parent.name == "shards" else folder.parent
-    return f"{corpus.name}-{folder.name}"
+    corpus = path.parent.parent if path.name == INDEX else path.parent
+    return f"{corpus.parent.name if corpus.name == 'shards' else corpus.name}-{set_name(path)}"
 
 
 def _compare(arguments: argparse.Namespace) -> int:

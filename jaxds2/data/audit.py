@@ -18,7 +18,7 @@ import numpy as np
 from jaxds2.audio import AudioError, EmptyAudioError, NonFiniteAudioError, read_audio
 from jaxds2.config import FeatureConfig
 from jaxds2.ctc import min_frames
-from jaxds2.data.manifest import DURATION_TOLERANCE, INDEX, ManifestError, Utterance, manifest_path, read_manifest
+from jaxds2.data.manifest import DURATION_TOLERANCE, ManifestError, Utterance, manifest_path, read_manifest, set_name
 from jaxds2.data.shards import Recordings, shard_faults
 from jaxds2.text import Vocabulary
 
@@ -266,13 +266,8 @@ def _check_distinct(manifests: Sequence[str | Path]) -> None:
 
 
 def _is_test(manifest: str) -> bool:
-    """Whether `test` is a word of its name: of `test-clean` and `an4_test`, but not of `latest`.
-
-    Shards go by the name of their folder.
-    """
-    path = manifest_path(manifest)
-    name = path.absolute().parent.name if path.name == INDEX else path.stem
-    return "test" in re.split(r"[\W\d_]+", name.lower())
+    """Whether `test` is a word of its name: of `test-clean` and `an4_test`, but not of `latest`."""
+    return "test" in re.split(r"[\W\d_]+", set_name(manifest).lower())
 
 
 def _read_all(utterances: Sequence[Utterance], sample_rate: int, progress: bool) -> list[_Waveform | AudioError]:

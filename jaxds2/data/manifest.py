@@ -54,6 +54,12 @@ def manifest_path(path: str | Path) -> Path:
     return path / INDEX if path.is_dir() else path
 
 
+def set_name(path: str | Path) -> str:
+    """What a person calls the set: `test` of data/an4/test.jsonl, and of the shards in data/an4/shards/test."""
+    path = manifest_path(path).absolute()
+    return path.parent.name if path.name == INDEX else path.stem
+
+
 def read_manifest(path: str | Path) -> list[Utterance]:
     """Read and validate a manifest or the index of a folder of shards. The audio files themselves are not opened.
 
