@@ -170,7 +170,7 @@ def test_layers_in_one_loop_equal_layers_one_by_one(model, dropout):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only XLA's CPU compiler sums the residual stream again")
 def test_no_loop_of_a_compiled_gradient_sums_more_of_the_residual_stream_in_a_deeper_model():
     def most_arrays_read_by_one_loop(layers: int) -> int:
-        model = dataclasses.replace(SMALL, layers=layers)
+        model = ModelConfig(width=64, hidden=32, layers=layers)  # a smaller one shows no growth
         apply, params = create(F, V, model, dtype=jnp.float32)
         keys_B = jax.random.split(jax.random.key(1), len(LENGTHS_B))
         loss = jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, X_BTF, LENGTHS_B, dropout_keys_B=keys_B)[0])))
