@@ -4,6 +4,7 @@ Errors make training or a score wrong (`jaxds2 check` exits 1); warnings are for
 """
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -419,10 +420,14 @@ def _histogram(values: Sequence[float]) -> Histogram:
     """At most 12 bins, whose width is 1, 2 or 5 times a power of ten and whose edges are multiples of it."""
     if not values:
         return Histogram((), ())
+
+    def place(value: float, width: float) -> int:
+        return math.floor(round(value / width, 6))  # in floating point 1.0 // 0.1 is 9
+
     low, high = min(values), max(values)
     steps = [m * 10.0**k for k in range(-3, 6) for m in (1, 2, 5)]
-    width = next((w for w in steps if high // w - low // w < 12), steps[-1])
-    edges = np.round(np.arange(low // width, high // width + 2) * width, 3)
+    width = next((w for w in steps if place(high, w) - place(low, w) < 12), steps[-1])
+    edges = np.round(np.arange(place(low, width), place(high, width) + 2) * width, 3)
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)  # a rounded edge may just miss the extremes
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
 
