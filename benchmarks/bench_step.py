@@ -62,8 +62,10 @@ def main() -> None:
     """Print the tables and write them all."""
     arguments = side_by_side.start("A training step, side by side.", threads=2)
     plan = SMALL if arguments.small else Plan()
-    results = [compare(plan, arguments), lengths(plan, arguments)]
-    side_by_side.save("step", arguments, results)
+    results = []
+    for measure in (compare, lengths):
+        results.append(measure(plan, arguments))
+        side_by_side.save("step", arguments, results)
 
 
 def batch_of(plan: Plan) -> tuple[Any, Any]:
