@@ -93,7 +93,12 @@ def _must_exist(*paths: Path | None) -> None:
     """A path on the command line that leads nowhere is wrong use."""
     for path in paths:
         if path is not None and not path.exists():
-            raise ConfigError(f"{path} does not exist")
+            raise ConfigError(f"{path} does not exist; correct the path")
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: must be 1 or more")
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +123,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if corpus == "demo":
         if arguments.source or arguments.download:
             raise ConfigError("`prepare demo` speaks its own corpus; leave out --source and --download")
+        if arguments.seed < 0:
+            raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
+        _check_workers(arguments.workers)
         from jaxds2.data.spoken import prepare_demo
 
         prepare_demo(out, seed=arguments.seed, workers=arguments.workers)
@@ -155,8 +163,7 @@ def _shard(arguments: argparse.Namespace) -> int:
     _must_exist(arguments.manifest)
     if not 1e-6 <= arguments.shard_size <= MAX_SHARD_MB:
         raise ConfigError(f"--shard-size {arguments.shard_size:g}: expected megabytes, up to {MAX_SHARD_MB}")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise ConfigError(f"--workers {arguments.workers}: must be 1 or more")
+    _check_workers(arguments.workers)
     shard_bytes = round(arguments.shard_size * 1e6)
     write_shards(arguments.manifest, arguments.out, shard_bytes=shard_bytes, workers=arguments.workers)
     return 0
@@ -354,10 +361,12 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
 
 def _lm_build(arguments: argparse.Namespace) -> int:
     from jaxds2.config import DataConfig
-    from jaxds2.decoding.lm import build_ngram, read_sentences
+    from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, build_ngram, read_sentences
     from jaxds2.text import Vocabulary
 
     _must_exist(*arguments.text)
+    if not MIN_ORDER <= arguments.order <= MAX_ORDER:
+        raise ConfigError(f"--order {arguments.order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
     vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
     sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
     lm = build_ngram(sentences, arguments.out, order=arguments.order)

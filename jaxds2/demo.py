@@ -29,19 +29,19 @@ def demo(config: Config, run_dir: Path) -> int:
     Returns:
       The exit code of training.
     """
-    folder = Path(config.data.train[0]).parent
-    reports = [run_dir / "eval" / f"{folder.name}-test-{kind}" for kind in ("greedy", "beam-lm")]
+    test = Path(config.data.test[0])
+    reports = [run_dir / "eval" / f"{test.parent.name}-{test.stem}-{kind}" for kind in ("greedy", "beam-lm")]
     if all((r / "report.json").exists() for r in reports) and not differences(
         read_config(run_dir / "config.json"), config
     ):
         print(f"the demo is done already; delete {run_dir} to train again")
     else:
-        prepare_demo(folder)
+        prepare_demo(test.parent)
         status = train(config, run_dir)
         if status != FINISHED:
             return status
-        _evaluate(config, run_dir, folder / "test.jsonl", *reports)
-    _show(run_dir, folder / "test.jsonl", *reports)
+        _evaluate(config, run_dir, test, *reports)
+    _show(run_dir, test, *reports)
     return FINISHED
 
 

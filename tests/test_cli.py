@@ -241,8 +241,17 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["--config", config, "model.scan=fast"], 2, "associative", entry=cli.train)
     fails(capfd, ["--config", tmp_path / "gone.py"], 2, "gone.py", entry=cli.train)
     fails(capfd, ["--config", config, "--run", run, "training.seed=7"], 2, "training.seed: 0 -> 7", entry=cli.train)
-    fails(capfd, ["--run", tmp_path, "--manifest", tones / "dev.jsonl"], 2, "is", "a run", entry=cli.evaluate)
-    fails(capfd, ["digest", "--run", tmp_path], 2, "is", "a run")
+    fails(
+        capfd,
+        ["--run", tmp_path, "--manifest", tones / "dev.jsonl"],
+        2,
+        f"is {tmp_path} a run of train.py?",
+        entry=cli.evaluate,
+    )
+    fails(capfd, ["digest", "--run", tmp_path], 2, f"is {tmp_path} a run of train.py?")
+    new = ["--config", config, "--run", tmp_path / "new", "--init-from"]
+    fails(capfd, [*new, tmp_path / "gone"], 2, f"--init-from {tmp_path / 'gone'}", entry=cli.train)
+    assert not (tmp_path / "new").exists()
     arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
     fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
@@ -255,7 +264,35 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["prepare", "an4", "--source", tmp_path / "gone"], 2, "gone")
     fails(capfd, ["prepare", "an4"], 2, "--source")
     fails(capfd, ["prepare", "nothing"], 2, "an4")
+    fails(capfd, ["prepare", "demo", "--seed", "-1"], 2, "--seed -1")
+    fails(capfd, ["prepare", "demo", "--workers", "0"], 2, "--workers 0")
+    text = tmp_path / "text.txt"
+    text.write_text("a b\n")
+    fails(capfd, ["lm", "build", text, "--order", "9", "--out", tmp_path / "lm"], 2, "--order 9", "2 to 6")
     fails(capfd, ["prepare", "an4", "--splits", "train-clean-100", "--source", tmp_path], 2, "librispeech")
+
+
+def test_a_run_starts_from_the_weights_of_another(run, tones, tmp_path, capfd):
+    config = run.parent / "tones.py"
+    arguments = ["--config", str(config), "--run", str(tmp_path / "next"), "--init-from", str(run), "training.steps=1"]
+    assert cli.train(arguments) == 0
+    assert f"weights from {run}; new: none" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["-m", "jaxds2", "eval"], [str(ROOT / "eval.py")]])
+def test_the_package_and_the_script_are_the_same_command(command, tmp_path):
+    arguments = [sys.executable, *command, "--run", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == f"error: no {tmp_path}/config.json: is {tmp_path} a run of train.py?\n"
+
+
+def test_a_corpus_is_prepared_under_data_unless_told_otherwise(corpora, tmp_path, monkeypatch):
+    source = (corpora / "an4").absolute()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "an4", "--source", str(source)]) == 0
+    names = {path.name: len(read_manifest(path)) for path in (tmp_path / "data/an4").iterdir()}
+    assert names == {"train.jsonl": 859, "dev.jsonl": 89, "test.jsonl": 130}
 
 
 def test_failure_is_one(run, tones, tmp_path, capfd):

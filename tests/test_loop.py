@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxds2.audio import AudioError
 from jaxds2.config import (
     AugmentConfig,
     Config,
@@ -81,8 +82,10 @@ def learnt(tones, tmp_path_factory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("stop_at", [3, 5])
-def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(("stop_at", "workers"), [(3, 0), (5, 2)])
+def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at, workers):
+    base = config(tones)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=workers))
     advance = Monitor.advance
 
     def stop(self, step, **values):
@@ -92,9 +95,9 @@ def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, s
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "advance", stop)
-        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+        assert train(base, tmp_path / "run", progress=False) == STOPPED
     assert stop_at <= run_digest(tmp_path / "run")[1] < 8
-    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
     for step, values in metrics(whole).items():
         assert metrics(tmp_path / "run")[step]["train/loss"] == values["train/loss"]
@@ -272,6 +275,41 @@ def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
     assert "gone.wav" in (tmp_path / "run/train.log").read_text()
     assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
+
+
+def test_a_corpus_that_was_moved_is_found_before_training(tones, tmp_path):
+    utterances = read_manifest(tones / "train.jsonl")
+    moved = [dataclasses.replace(u, audio_filepath=tmp_path / f"{u.id}.wav") for u in utterances]
+    write_manifest(tmp_path / "train.jsonl", moved)
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),))
+    with pytest.raises(AudioError, match=r"train\.jsonl: its recordings cannot be opened: .*is the corpus where"):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_stops_when_most_of_the_corpus_cannot_be_read(tones, tmp_path, monkeypatch):
+    utterances = read_manifest(tones / "train.jsonl")
+    gone = [dataclasses.replace(u, audio_filepath=tmp_path / "gone.wav") for u in utterances[1:]]
+    write_manifest(tmp_path / "train.jsonl", [utterances[0], *gone])
+    monkeypatch.setattr("jaxds2.training.step_report.MANY_UNREADABLE", 12)
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),))
+    with pytest.raises(TrainingError, match=r"1[2-9] of 1[2-9] utterances since the start could not be read, .*gone"):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_checkpoint_is_kept_every_so_many_steps(tones, tmp_path, monkeypatch, every):
+    saved = []
+    save = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *a, **k: (saved.append(step), save(self, step, *a, **k))
+    )
+    base = config(tones, checkpoint_every=every)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, dev=None))
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
+    assert saved == ([3, 6, 8] if every == 3 else [8])
 
 
 def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_path, monkeypatch):

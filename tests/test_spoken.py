@@ -251,7 +251,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(name: str, small_d
 
 def test_without_espeak_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SpokenError, match=r"pip install 'jaxds2\[demo\]'"):
+    with pytest.raises(SpokenError, match=r"-m pip install espeakng-loader"):
         prepare_demo(tmp_path, progress=False)
 
 

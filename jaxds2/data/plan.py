@@ -88,7 +88,7 @@ def select_utterances(
     kept: list[Utterance] = []
     left_out: dict[str, list[str]] = {}
     both = zip(utterances, frames_N.tolist(), strict=True)
-    for u, frames in tqdm(both, "selecting utterances", len(utterances), leave=False, delay=2):
+    for u, frames in tqdm(both, "selecting utterances", len(utterances), leave=False, delay=2, disable=None):
         if u.duration < data.min_duration:
             reason = f"shorter than {data.min_duration:g} s"
         elif u.duration > data.max_duration:

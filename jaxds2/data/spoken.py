@@ -236,7 +236,7 @@ def speak(prompts: Sequence[Prompt], out: Path, *, workers: int, progress: bool 
         return
     _check_voices(by_voice)
     threads = ThreadPoolExecutor(workers)
-    bar = tqdm(total=len(prompts), desc="speak", unit=" utterances", disable=not progress)
+    bar = tqdm(total=len(prompts), desc="speak", unit=" utterances", disable=None if progress else True)
     try:
         futures = {threads.submit(_speak_apart, group, out): len(group) for group in by_voice.values()}
         for done in as_completed(futures):
@@ -349,13 +349,14 @@ def _espeak_paths() -> tuple[Path, Path]:
         import espeakng_loader
     except ImportError:
         raise SpokenError(
-            "the demo corpus is spoken by espeak-ng, which is not installed: pip install 'jaxds2[demo]'"
+            f"the demo corpus is spoken by espeak-ng, which is not installed: "
+            f"{sys.executable} -m pip install espeakng-loader"
         ) from None
     package = Path(espeakng_loader.get_library_path()).parent
     library, data = Path(espeakng_loader.get_library_path()), package / "espeak-ng-data"
     for path in (library, data):
         if not path.exists():
-            raise SpokenError(f"{path} is missing; pip install --force-reinstall espeakng-loader")
+            raise SpokenError(f"{path} is missing; {sys.executable} -m pip install --force-reinstall espeakng-loader")
     return library, data
 
 
@@ -446,7 +447,10 @@ class _Espeak:
             self._OUTPUT_SYNCHRONOUS, 0, os.fsencode(data), self._DONT_EXIT
         )
         if self.sample_rate <= 0:
-            raise SpokenError(f"espeak-ng cannot use its data in {data}; pip install --force-reinstall espeakng-loader")
+            raise SpokenError(
+                f"espeak-ng cannot use its data in {data}; "
+                f"{sys.executable} -m pip install --force-reinstall espeakng-loader"
+            )
         self._lib.espeak_ng_SetRandSeed(_ESPEAK_SEED)
         self._pieces: list[np.ndarray] = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)

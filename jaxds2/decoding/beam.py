@@ -7,6 +7,7 @@ A text scores log P_CTC + alpha log P_LM + beta (number of words), summed over t
 import hashlib
 import logging
 import math
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import kenlm
     from pyctcdecode.language_model import LanguageModel
 
-INSTALL = "pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"
+INSTALL = f"{sys.executable} -m pip install --no-deps pyctcdecode==0.5.0 pygtrie"
 
 UNKNOWN_OFFSET = -10.0
 """Added to log10 P_LM of a word that the language model does not know."""

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import io
 import math
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 MIN_ORDER, MAX_ORDER = 2, 6
 """What KenLM as it is packaged reads."""
 
-INSTALL = "pip install 'jaxds2[lm]'"
+INSTALL = f"{sys.executable} -m pip install kaldingram kenlm-ex"
 
 _BINARY_MAGIC = b"mmap lm http://kheafield.com/code"
 _MARKS = frozenset(("<s>", "</s>", "<unk>"))
@@ -83,7 +84,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     counts = NgramCounts(order)
     words: set[str] = set()
     num_sentences = longest = 0
-    for sentence in tqdm(sentences, desc="count n-grams", unit="sentence", leave=False):
+    for sentence in tqdm(sentences, desc="count n-grams", unit="sentence", leave=False, disable=None):
         tokens = sentence.split()
         if not tokens:
             continue
@@ -105,7 +106,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
 
     arpa = io.StringIO()
     stages = (partial(_set_discounts, counts), counts.cal_f, counts.cal_bow, partial(counts.print_as_arpa, arpa))
-    bar = tqdm(stages, desc="estimate", unit="stage", leave=False)
+    bar = tqdm(stages, desc="estimate", unit="stage", leave=False, disable=None)
     with contextlib.redirect_stderr(io.StringIO()):  # the library draws a bar for every order of every stage
         for stage in bar:
             stage()

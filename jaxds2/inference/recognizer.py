@@ -69,8 +69,8 @@ class Recognizer:
             step = checkpoints.resolve(checkpoint)
             params = checkpoints.restore_params(step)
         vocabulary = Vocabulary(config.data.characters)
-        # On this machine's devices, in their own precision, whatever the run was trained on.
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
+        if config.training.precision == "bfloat16":  # this machine's devices may not compute in it
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
         mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
         eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
@@ -82,7 +82,8 @@ class Recognizer:
             np.array([u.duration for u in utterances]),
             np.array([len(u.text) for u in utterances]),
             digest=manifest_digest(utterances),
-            data=self.config.data,
+            # Rows for the devices that are here, so that one file is not computed eight times.
+            data=dataclasses.replace(self.config.data, rows_multiple=self.mesh.size),
             seed=0,
             sample_rate=self.config.features.sample_rate,
             shuffle=False,

@@ -37,6 +37,9 @@ from jaxds2.training.step_report import StepReport, TrainingError
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
 
+IDS_SHOWN = 5
+"""Of utterances that are left out, on the console."""
+
 MAY_CHANGE = {
     "data.workers",
     "data.test",
@@ -103,6 +106,8 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
 
 def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSignal, progress: bool) -> int:
     first_step = checkpoints.last() or 0
+    if config.training.init_from is not None and not first_step:
+        init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
     keep_compiled(mesh.devices.flat[0].platform)
@@ -151,13 +156,20 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     with Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor:
         monitor.message(describe(config))
         for reason, ids in left_out.items():
-            monitor.message(f"left out: {len(ids)} {reason}: {' '.join(ids)}")
+            line = f"left out: {len(ids)} {reason}: "
+            more = f" and {len(ids) - IDS_SHOWN} more, named in train.log" if len(ids) > IDS_SHOWN else ""
+            monitor.message(f"{line}{' '.join(ids)}", shown=f"{line}{' '.join(ids[:IDS_SHOWN])}{more}")
         hours = sum(u.duration for u in utterances) / 3600
         monitor.message(
             f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
             f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; {total_steps} steps on "
             f"{mesh.size} of {jax.local_device_count()} {mesh.devices.flat[0].platform} device(s)"
         )
+        if config.training.devices is None and mesh.size < jax.local_device_count():
+            monitor.message(
+                f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
+                f"set it to a multiple of {jax.local_device_count()} to use all"
+            )
         if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
             monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
         if config.training.init_from is not None and not first_step:
@@ -262,6 +274,13 @@ def claim_run(config: Config, run_dir: Path, *, started: bool) -> None:
     if not path.exists() or differences(read_config(path), config):
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
+
+
+def init_run(path: str) -> Path:
+    """The run that `--init-from` names. Raises ConfigError: it is none."""
+    if not (Path(path) / "config.json").exists():
+        raise ConfigError(f"--init-from {path} (training.init_from): no config.json in it, so it is no run of train.py")
+    return Path(path)
 
 
 def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Params, list[str]]:

@@ -15,6 +15,9 @@ from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule
 from jaxds2.training.step import StepMetrics
 
+MANY_UNREADABLE = 20
+"""So many unreadable utterances, if they are more than half, mean that the corpus is not there."""
+
 
 class TrainingError(ValueError):
     """Training cannot go on; the last good state is saved."""
@@ -33,6 +36,7 @@ class StepReport:
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
+        self.tried = self.failed = 0  # since this process began
         self.since = time.perf_counter()
         self.waited = 0.0
 
@@ -61,27 +65,33 @@ class StepReport:
 
     def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
         metrics: StepMetrics = jax.device_get(device_metrics)
-        step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
+        done, index_B = loaded.step + 1, np.asarray(loaded.batch.index_B)
         self.samples += int(np.sum(loaded.batch.audio_lengths_B))
         self.padded_samples += loaded.batch.audio_BS.size
+        self.tried += int(np.sum(index_B >= 0)) + len(loaded.failures)
+        self.failed += len(loaded.failures)
         for line in loaded.failures:
             self.unreadable += 1
-            self.monitor.message(f"step {step}: left out, {line}")
+            self.monitor.message(f"step {done}: left out, {line}")
+        if self.failed >= MANY_UNREADABLE and 2 * self.failed > self.tried:
+            raise TrainingError(
+                f"step {done}: {self.failed} of {self.tried} utterances since the start could not be read, the last "
+                f"{loaded.failures[-1] if loaded.failures else 'in an earlier step'}; `jaxds2 check` lists them"
+            )
         if metrics.infeasible_B.any():
             names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
             self.infeasible += len(names)
-            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
+            self.monitor.message(f"step {done}: left out of the loss, label longer than its frames: {' '.join(names)}")
         if metrics.finite:
             self.losses.append(float(metrics.loss))
         else:
             names = " ".join(self.ids[i] for i in index_B if i >= 0)
-            self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
+            self.monitor.message(f"step {done}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
             if metrics.skipped_in_row >= self.config.training.max_skipped:
                 raise TrainingError(
-                    f"step {step}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
+                    f"step {done}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
                     f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
                 )
-        done = step + 1
         self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
             self._log(done, metrics)
