@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxds2"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
-    ("config", "text", "audio", "files", "allocator", "model.cell"),
+    ("config", "text", "audio", "files", "allocator", "compiler", "model.cell", "model.stored"),
     (
         "features",
         "augment",
@@ -23,6 +23,7 @@ FLOORS = (
         "model.scan",
         "model.mosaic",
         "model.linear",
+        "model.convolution",
         "training.optimizer",
         "evaluation.metrics",
         "evaluation.sclite",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, read_config
 from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.pipeline import Batch, filler_batch, load_batches
@@ -73,7 +74,8 @@ class Recognizer:
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
         mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
-        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
+        options = compiler_options(mesh.devices.flat[0].platform)
+        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh), compiler_options=options)
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
 
     def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxds2
+from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import manifest_digest
 from jaxds2.data.pipeline import PipelineError, load_batches
@@ -140,11 +141,12 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
         consistency=config.training.consistency,
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    gradient_step = jax.jit(gradient_step, out_shardings=(everywhere, None))
-    update_step = jax.jit(
+    jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    gradient_step = jit(gradient_step, out_shardings=(everywhere, None))
+    update_step = jit(
         make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(everywhere, None)
     )
-    eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
+    eval_step = jit(make_eval_step(apply, config.features, mesh=mesh))
 
     renewed: list[str] = []
     if config.training.init_from is not None and not first_step:
