@@ -6,6 +6,7 @@ Utterances that cannot be aligned are named and do not keep the others from comi
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -111,21 +112,21 @@ def align(
       AlignmentError: no utterance has a text.
     """
     vocabulary = recognizer.vocabulary
+    texts = [vocabulary.normalize(u.text) for u in utterances]
+    if not any(texts):
+        raise AlignmentError(
+            f"none of {len(utterances)} utterances has a text, so there is nothing to align; "
+            f"`jaxds2 transcribe` reads audio that has none"
+        )
     failed: dict[str, str] = {}
     spelt: list[Utterance] = []
-    for u in utterances:
-        text = vocabulary.normalize(u.text)
+    for u, text in zip(utterances, texts, strict=True):
         if not text:
             failed[u.id] = "has no text"
         elif unknown := vocabulary.unknown(text):
             failed[u.id] = f"its text has {unknown!r}, outside the alphabet {vocabulary.characters!r}"
         else:
             spelt.append(dataclasses.replace(u, text=text))
-    if all(why == "has no text" for why in failed.values()) and not spelt:
-        raise AlignmentError(
-            f"none of {len(utterances)} utterances has a text, so there is nothing to align; "
-            f"`jaxds2 transcribe` reads audio that has none"
-        )
     aligned: list[AlignedUtterance] = []
     with tqdm(total=len(spelt), desc="align", unit="utt", leave=False, disable=None if progress else True) as bar:
         for batch, output, failures in recognizer.run(spelt, recognizer.plan(spelt), with_labels=True) if spelt else ():
@@ -177,9 +178,9 @@ def _print(
 ) -> None:
     """Counts, the first of each list, and where the rest is."""
     for identifier, why in list(failed.items())[:PRINTED]:
-        print(f"not aligned: {identifier}: {why}")
+        print(f"error: {identifier}: {why}", file=sys.stderr)
     if len(failed) > PRINTED:
-        print(f"not aligned: {len(failed) - PRINTED} more, see {folder / 'failed.txt'}")
+        print(f"error: {len(failed) - PRINTED} more, see {folder / 'failed.txt'}", file=sys.stderr)
     for a in mismatches[:PRINTED]:
         print(f"mismatch: {a.utterance.id}: {a.alignment.score:.2f}, text {a.utterance.text!r}, heard {a.heard!r}")
     if len(mismatches) > PRINTED:
