@@ -163,7 +163,8 @@ class Speech:
     samples_S: np.ndarray
     """int16."""
     words: Words
-    """(word, start, end) in seconds from the first sample; a word ends where the next one starts."""
+    """(word, start, end) in seconds from the first sample; a word ends where the next one starts. Words that espeak-ng
+    runs together, such as `on the`, are one, `on_the`: it does not say where within it the second begins."""
 
 
 def prepare_demo(out: str | Path, *, seed: int = 0, workers: int | None = None, progress: bool = True) -> list[Path]:
@@ -530,11 +531,12 @@ class _Espeak:
         return Speech(np.concatenate(self._pieces), self._words(prompt.text))
 
     def _words(self, text: str) -> Words:
-        """When each word was spoken, from the events."""
-        words = list(re.finditer(r"\S+", text))
+        """When each word was spoken, from the events; they name the words by their places in the text."""
         starts = {position - 1: sample for kind, position, sample in self._events if kind == self._WORD}
         ends = [sample for kind, _, sample in self._events if kind == self._END]
-        if sorted(starts) != [w.start() for w in words] or len(ends) != 1:
-            raise SpokenError(f"espeak-ng did not say when it spoke each word of {text!r} (events {self._events})")
-        seconds = [sample / self.sample_rate for sample in (*(starts[w.start()] for w in words), *ends)]
-        return [(w[0], start, end) for w, start, end in zip(words, seconds[:-1], seconds[1:], strict=True)]
+        places = sorted(starts)
+        if places[:1] != [0] or len(ends) != 1 or any(text[place - 1] != " " for place in places[1:]):
+            raise SpokenError(f"espeak-ng did not say when it spoke the words of {text!r} (events {self._events})")
+        words = [text[i:j].strip().replace(" ", "_") for i, j in itertools.pairwise([*places, len(text)])]
+        seconds = [sample / self.sample_rate for sample in (*(starts[place] for place in places), *ends)]
+        return list(zip(words, seconds[:-1], seconds[1:], strict=True))
