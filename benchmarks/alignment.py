@@ -29,9 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Word times against a reference, and wrong texts found out.")
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
     parser.add_argument("--dev", type=Path, help="manifest with a .ctm file beside it, to estimate the delay on")
-    parser.add_argument(
-        "--test", type=Path, required=True, help="manifest; with --dev it has a .ctm file too"
-    )
+    parser.add_argument("--test", type=Path, required=True, help="manifest; with --dev it has a .ctm file too")
     arguments = parser.parse_args()
     recognizer = Recognizer.load(arguments.run)
     test = read_manifest(arguments.test)

@@ -150,6 +150,23 @@ def test_the_flac_reads_back_with_the_duration_and_level_of_its_speech(spoken_by
         assert 32_768 * 10 ** (-71 / 20) < margin_S.std() < 32_768 * 10 ** (-54 / 20)
 
 
+LEVELS = {
+    # prompt: samples, root mean squares of eight equal parts; espeakng-loader 0.2.4, before word times were written
+    "en-us+f2-00": (10745, [10.7, 1292.9, 3682.4, 6699.3, 4441.2, 1729.5, 321.3, 12.5]),
+    "en-us+f2-01": (14340, [54.1, 1785.6, 10909.0, 5330.8, 5802.5, 2439.8, 4128.7, 53.5]),
+    "en-gb-scotland+m3-00": (9762, [17.3, 682.8, 1553.0, 6243.5, 3094.5, 248.8, 148.3, 18.5]),
+    "en-gb-scotland+m3-01": (12390, [13.2, 1160.1, 4250.8, 1938.7, 3359.8, 961.0, 2771.2, 59.6]),
+}
+
+
+def test_the_speech_is_that_of_the_published_figures(spoken_by_one: Path):
+    for prompt in SPOKEN:
+        waveform_S = read_audio(prompt.path(spoken_by_one)).astype(float)
+        length, levels = LEVELS[prompt.id]
+        assert len(waveform_S) == length
+        np.testing.assert_allclose([part.std() for part in np.array_split(waveform_S, 8)], levels, rtol=0.01)
+
+
 def test_word_times_follow_each_other_and_are_where_the_voice_sounds(spoken_by_one: Path):
     for prompt in SPOKEN:
         waveform_S = read_audio(prompt.path(spoken_by_one)).astype(float)
@@ -291,3 +308,10 @@ def test_a_library_or_data_that_do_not_load_are_one_clear_line(tmp_path: Path):
 def test_impossible_numbers_are_refused(seed: int, workers: int, tmp_path: Path):
     with pytest.raises(SpokenError, match="expected"):
         prepare_demo(tmp_path, seed=seed, workers=workers)
+
+
+def test_words_that_espeak_runs_together_have_one_time(tmp_path: Path):
+    [prompt] = small_plan(("turn on the light",), VOICES[1:2])
+    speak([prompt], tmp_path, workers=1, progress=False)
+    lines = spoken._word_times(tmp_path, prompt.voice).read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["turn", "on_the", "light"]
