@@ -389,6 +389,8 @@ def _align(arguments: argparse.Namespace) -> int:
     from jaxds2.inference.recognizer import Recognizer
 
     _must_exist(arguments.manifest)
+    if arguments.min_score is not None and not arguments.min_score <= 0:
+        raise ConfigError(f"--min-score {arguments.min_score:g}: expected 0 or less, the score of a text that fits")
     failed = align_run(
         Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint)),
         arguments.manifest,

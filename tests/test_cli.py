@@ -277,7 +277,8 @@ def test_what_cannot_be_aligned_is_named_and_the_others_come_out(run, tones, tmp
     write_manifest(manifest, [dataclasses.replace(u, text=" .") for u in spoken])
     fails(capfd, align, 1, "none of 6 utterances has a text", "transcribe")
     fails(capfd, [*align[:-1], manifest], 1, str(manifest), "cannot be written")
-    fails(capfd, [*align, "--min-scor", "2"], 2, "--min-score")
+    fails(capfd, [*align, "--min-scores=-2"], 2, "did you mean --min-score?")
+    fails(capfd, [*align, "--min-score", "nan"], 2, "--min-score nan", "0 or less")
     fails(capfd, ["align", "--run", run, "--manifest", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
     fails(capfd, ["align", "--run", run], 2, "--manifest")
 
