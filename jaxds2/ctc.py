@@ -100,17 +100,18 @@ def forced_alignment(
     """
     ok_B = feasible(logit_lengths_B, labels_BN, label_lengths_B)
     valid_BU = ok_B[:, None] & (jnp.arange(logits_BUV.shape[1])[None, :] < logit_lengths_B[:, None])
-    logits_BUV = jnp.where(valid_BU[..., None], logits_BUV.astype(jnp.float32), 0.0)
+    log_probs_BUV = jax.nn.log_softmax(logits_BUV.astype(jnp.float32), axis=-1)
     # States 0 ... 2 N of the lattice: a blank, the first label, a blank, ... and a blank.
     in_label_BN = jnp.arange(labels_BN.shape[1])[None, :] < label_lengths_B[:, None]
     classes_BS = jnp.full((labels_BN.shape[0], 2 * labels_BN.shape[1] + 1), BLANK_ID, labels_BN.dtype)
     classes_BS = classes_BS.at[:, 1::2].set(jnp.where(in_label_BN, labels_BN, BLANK_ID))
-    scores_BUS = jnp.take_along_axis(jax.nn.log_softmax(logits_BUV, axis=-1), classes_BS[:, None, :], axis=2)
+    scores_BUS = jnp.take_along_axis(log_probs_BUV, classes_BS[:, None, :], axis=2)
     # A label may follow another without a blank between them, unless the two are equal.
     follows_BS = (classes_BS != BLANK_ID) & (classes_BS != _from_left(classes_BS, 2, BLANK_ID))
 
     def forward(best_BS, frame):
         scores_BS, valid_B = frame
+        # Beyond its length a row waits as it is, so nothing that stands there counts.
         skipping_BS = jnp.where(follows_BS, _from_left(best_BS, 2, _NEVER), _NEVER)
         ways_3BS = jnp.stack([best_BS, _from_left(best_BS, 1, _NEVER), skipping_BS])
         steps_BS = jnp.where(valid_B[:, None], jnp.argmax(ways_3BS, axis=0), 0).astype(jnp.int8)

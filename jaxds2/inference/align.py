@@ -28,7 +28,8 @@ from jaxds2.files import replacing, write_whole
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
 
 MIN_SCORE = -1.0
-"""Utterances below this are listed: nats per character by which the audio would rather be read as something else."""
+"""Utterances below this are listed: nats per character by which the audio would rather be read as something else. The
+mean over a long text hides a single wrong word; the words' own scores show it (RESULTS.md says what is found out)."""
 PRINTED = 5
 
 _align_batch = jax.jit(forced_alignment)
