@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train(commands.add_parser("train", help="train a model (also: python train.py)"))
     add_eval(commands.add_parser("eval", help="word error rate of a run (also: python eval.py)"))
     add_lm(commands.add_parser("lm", help="n-gram language models"))
+    add_align(commands.add_parser("align", help="where each word of known texts is spoken"))
     add_transcribe(commands.add_parser("transcribe", help="text of audio files"))
     add_digest(commands.add_parser("digest", help="checksum of a run's newest parameters"))
     add_demo(commands.add_parser("demo", help="prepare, train and evaluate the spoken demo corpus"))
@@ -228,10 +229,15 @@ def _train(arguments: argparse.Namespace) -> int:
     return train_run(config, arguments.run or Path("runs") / config.name)
 
 
-def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -> None:
-    """Options that choose a decoder."""
-    parser.add_argument("--run", type=Path, required=run_required, metavar="DIR", help="folder of the run")
+def add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Options that choose a model."""
+    parser.add_argument("--run", type=Path, required=required, metavar="DIR", help="folder of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+
+
+def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -> None:
+    """Options that choose a model and a decoder."""
+    add_run(parser, required=run_required)
     parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
     parser.add_argument("--lm", type=Path, metavar="FILE", help="beam: n-gram model, ARPA or KenLM binary")
     parser.add_argument("--alpha", type=float, default=0.5, help="beam: weight of the language model (default: 0.5)")
@@ -372,6 +378,35 @@ def _lm_build(arguments: argparse.Namespace) -> int:
     lm = build_ngram(sentences, arguments.out, order=arguments.order)
     print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences")
     return 0
+
+
+def add_align(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 align`."""
+    add_run(parser)
+    parser.add_argument(
+        "--manifest", type=Path, required=True, metavar="FILE", help="audio and texts; or a folder of shards"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/align/, manifest folder and its name")
+    parser.add_argument(
+        "--min-score", type=float, metavar="NATS", help="list utterances that score lower (default: -1; 0 is best)"
+    )
+    parser.set_defaults(call=_align, usage=parser.format_usage())
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from jaxds2.inference.align import MIN_SCORE, align_run
+    from jaxds2.inference.recognizer import Recognizer
+
+    _must_exist(arguments.manifest)
+    if arguments.min_score is not None and not arguments.min_score <= 0:
+        raise ConfigError(f"--min-score {arguments.min_score:g}: expected 0 or less, the score of a text that fits")
+    failed = align_run(
+        Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint)),
+        arguments.manifest,
+        folder=arguments.out or arguments.run / "align" / _name_of_set(arguments.manifest),
+        min_score=MIN_SCORE if arguments.min_score is None else arguments.min_score,
+    )
+    return FAILURE if failed else 0
 
 
 def add_transcribe(parser: argparse.ArgumentParser) -> None:

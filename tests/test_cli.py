@@ -171,6 +171,118 @@ def test_what_a_score_leaves_behind(run, tones, tmp_path, capfd):
     assert not (folder / "report.html").exists()
 
 
+def ctm(path):
+    """(word, start, end) by utterance."""
+    times: dict[str, list[tuple[str, float, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, channel, start, seconds, word, score = line.split()
+        assert channel == "A"
+        assert 0 <= float(score) <= 1
+        times.setdefault(name, []).append((word, float(start), float(start) + float(seconds)))
+    return times
+
+
+def test_known_texts_are_found_where_they_are_spoken(run, tones, tmp_path, capfd):
+    manifest = tones / "dev.jsonl"
+    assert cli.main(["align", "--run", str(run), "--manifest", str(manifest)]) == 0
+    folder = run / f"align/{tones.name}-dev"
+    out = capfd.readouterr().out
+    assert f"aligned 6 of 6 utterances, 9 words; 0 score below -1: their text may not match; written to {folder}" in out
+    spoken = {u.id: u for u in read_manifest(manifest)}
+    words, characters = ctm(folder / "words.ctm"), ctm(folder / "characters.ctm")
+    lines = [json.loads(line) for line in (folder / "alignments.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == sorted(spoken)
+    for line in lines:
+        u = spoken[line["id"]]
+        # Each character is where its tone sounds: 0.05 s of noise, then 0.16 s a character, the spaces too.
+        places = [match.start() for match in re.finditer(r"\S+", u.text)]
+        assert [word for word, _, _ in words[u.id]] == u.text.split()
+        for (word, start, end), first in zip(words[u.id], places, strict=True):
+            assert abs(start - (0.05 + 0.16 * first)) < 0.15
+            assert abs(end - (0.05 + 0.16 * (first + len(word)))) < 0.15
+        assert "".join(c for c, _, _ in characters[u.id]) == u.text.replace(" ", "")
+        assert [(w["word"], round(w["start"], 3)) for w in line["words"]] == [(w, s) for w, s, _ in words[u.id]]
+        assert -0.1 < line["score"] <= 0
+        textgrid = (folder / f"textgrids/{u.id}.TextGrid").read_text(encoding="utf-8")
+        tiers = [re.findall(r'text = "(.+)"', tier) for tier in textgrid.split('name = "')[1:]]
+        assert tiers == [u.text.split(), list(u.text.replace(" ", ""))]
+    # The file is a manifest too: of the same recordings.
+    again = {u.id: u for u in read_manifest(folder / "alignments.jsonl")}
+    assert {i: (u.text, u.duration) for i, u in again.items()} == {i: (u.text, u.duration) for i, u in spoken.items()}
+    assert all(u.audio_filepath.exists() for u in again.values())
+    shards = tmp_path / "dev"
+    assert cli.main(["shard", str(manifest), "--out", str(shards), "--workers", "1"]) == 0
+    assert cli.main(["align", "--run", str(run), "--manifest", str(shards), "--out", str(tmp_path / "out")]) == 0
+    for name in ("words.ctm", "characters.ctm", "mismatches.tsv", "failed.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_texts_that_do_not_match_their_audio_are_listed_worst_first(run, tones, tmp_path, capfd):
+    spoken, manifest = read_manifest(tones / "dev.jsonl"), tmp_path / "swapped.jsonl"
+    wrong = [dataclasses.replace(u, text={"a": "b", "b": "c", "c": "a"}[u.text[0]] + u.text[1:]) for u in spoken]
+    write_manifest(manifest, [*wrong[:2], *spoken[2:]])
+    align = ["align", "--run", str(run), "--manifest", str(manifest), "--out", str(tmp_path / "out")]
+    assert cli.main(align) == 0
+    out = capfd.readouterr().out
+    header, *rows = (line.split("\t") for line in (tmp_path / "out/mismatches.tsv").read_text().splitlines())
+    assert header == ["score", "id", "text", "heard"]
+    assert {(i, text, heard) for _, i, text, heard in rows} == {
+        (bad.id, bad.text, good.text) for bad, good in zip(wrong[:2], spoken[:2], strict=True)
+    }
+    assert [float(score) for score, *_ in rows] == sorted(float(score) for score, *_ in rows)
+    assert out.count("mismatch: ") == 2
+    assert "2 score below -1" in out
+    assert cli.main([*align, "--min-score", "-1000"]) == 0
+    assert "0 score below -1000" in capfd.readouterr().out
+
+
+def test_what_cannot_be_aligned_is_named_and_the_others_come_out(run, tones, tmp_path, capfd):
+    spoken, manifest, out = read_manifest(tones / "dev.jsonl"), tmp_path / "odd.jsonl", tmp_path / "out"
+    align = ["align", "--run", str(run), "--manifest", str(manifest), "--out", str(out)]
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.zeros(100, np.int16), 16_000)
+    odd = [
+        dataclasses.replace(spoken[0], id="a/b", text="zebra"),
+        dataclasses.replace(spoken[0], id="long", text="ab" * 500),
+        dataclasses.replace(spoken[0], id="short", audio_filepath=short, duration=100 / 16_000, text="a"),
+        dataclasses.replace(spoken[0], id="gone", audio_filepath=tmp_path / "gone.wav"),
+        dataclasses.replace(spoken[0], id="mute", text=" ."),
+    ]
+    write_manifest(manifest, [dataclasses.replace(u, text=spoken[0].text) for u in odd[:1]])
+    assert cli.main(align) == 0
+    assert (out / "textgrids/a%2Fb.TextGrid").exists()
+    write_manifest(manifest, [*odd, *spoken])
+    capfd.readouterr()
+    assert cli.main(align) == 1
+    both = capfd.readouterr()
+    failed = (out / "failed.txt").read_text().splitlines()
+    for line, says in zip(
+        failed,
+        (
+            "a/b: its text has 'erz', outside the alphabet 'abc '",
+            "gone: ",
+            "long: its text needs 1000 frames, its audio has ",
+            "mute: has no text",
+            "short: its text needs 1 frames, its audio has 0 (",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(says)
+        assert f"error: {line}" in both.err
+    assert "gone.wav" in failed[1]
+    assert "aligned 6 of 11 utterances" in both.out
+    assert ctm(out / "words.ctm").keys() == {u.id for u in spoken}
+    # Nothing is left of the alignment that an earlier call could make.
+    assert {path.stem for path in (out / "textgrids").iterdir()} == {u.id for u in spoken}
+    write_manifest(manifest, [dataclasses.replace(u, text=" .") for u in spoken])
+    fails(capfd, align, 1, "none of 6 utterances has a text", "transcribe")
+    fails(capfd, [*align[:-1], manifest], 1, str(manifest), "cannot be written")
+    fails(capfd, [*align, "--min-scores=-2"], 2, "did you mean --min-score?")
+    fails(capfd, [*align, "--min-score", "nan"], 2, "--min-score nan", "0 or less")
+    fails(capfd, ["align", "--run", run, "--manifest", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
+    fails(capfd, ["align", "--run", run], 2, "--manifest")
+
+
 def test_two_scores_are_compared_and_what_cannot_be_is_refused(run, tones, tmp_path, capfd):
     folders = [run / "eval" / name for name in ("one", "two", "other")]
     for folder, manifest in zip(folders, ("dev", "dev", "train"), strict=True):

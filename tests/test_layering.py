@@ -66,6 +66,7 @@ ARROWS = {
     ("evaluation.report", "inference.recognizer"),
     ("evaluation.report", "evaluation.evaluate"),
     ("inference.transcribe", "inference.recognizer"),
+    ("inference.align", "inference.recognizer"),
     ("cli", "demo"),
     ("__main__", "cli"),
 }

@@ -92,11 +92,11 @@ def evaluate(
     with tqdm(
         total=len(utterances), desc="evaluate", unit="utt", disable=None if progress else True, leave=False
     ) as bar:
-        for index_B, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
+        for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
             if should_stop():
                 raise Interrupted
             failed += failures
-            for row, index in enumerate(index_B.tolist()):
+            for row, index in enumerate(batch.index_B.tolist()):
                 if index < 0:
                     continue
                 log_probs_UV = np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]])

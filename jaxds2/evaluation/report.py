@@ -29,8 +29,7 @@ from jaxds2.evaluation.page import Posteriors, build_page, collect_media, read_c
 from jaxds2.evaluation.sclite import Words, format_ctm, format_stm, format_trn
 from jaxds2.evaluation.significance import LEVEL, REPLICATES, SEED, rate_intervals, resampling_units
 from jaxds2.files import write_whole
-from jaxds2.inference.recognizer import Recognizer
-from jaxds2.model.deepspeech2 import subsampling_factor
+from jaxds2.inference.recognizer import Recognizer, frame_seconds
 
 SCHEMA_VERSION = 2
 """2 added intervals, breakdown, confusions, worst, utterances_with_errors and word_times; all of 1 is as it was."""
@@ -70,7 +69,7 @@ def score_run(
     """
     vocabulary, config = recognizer.vocabulary, recognizer.config
     utterances = read_utterances(manifest)
-    frame_seconds = subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
+    seconds = frame_seconds(config)
     frames: list[tuple[str, int, int]] | None = []
     times: dict[str, Words] = {}
     posteriors: dict[str, Posteriors] = {}
@@ -85,7 +84,7 @@ def score_run(
 
     def keep(index: int, log_probs_UV: np.ndarray) -> None:
         if frames is not None:
-            words = [(word, first * frame_seconds, end * frame_seconds) for word, first, end in frames]
+            words = [(word, first * seconds, end * seconds) for word, first, end in frames]
             times[utterances[index].id] = words
         if page:
             posteriors[utterances[index].id] = Posteriors.of(log_probs_UV, vocabulary)

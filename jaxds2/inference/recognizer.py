@@ -17,7 +17,7 @@ from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
-from jaxds2.model.deepspeech2 import Params, create, output_lengths
+from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
 from jaxds2.training.step import EvalOutput, make_eval_step
@@ -37,6 +37,11 @@ def compute_dtype(config: Config) -> jax.typing.DTypeLike:
 def output_frames(num_samples, config: Config):
     """Output frames U of a waveform of S samples at the config's rate (int or array)."""
     return output_lengths(num_frames(num_samples, config.features), config.model)
+
+
+def frame_seconds(config: Config) -> float:
+    """From the start of one output frame to that of the next, in seconds; the first starts with the recording."""
+    return subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
 
 
 @dataclass(frozen=True)
@@ -98,16 +103,16 @@ class Recognizer:
 
     def run(
         self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
-    ) -> Iterator[tuple[np.ndarray, EvalOutput, tuple[str, ...]]]:
+    ) -> Iterator[tuple[Batch, EvalOutput, tuple[str, ...]]]:
         """The model's output for each batch of the first epoch of a plan.
 
         Args:
           utterances: what the plan was made of.
           plan: see `plan`.
-          with_labels: encode the transcripts too, for the loss.
+          with_labels: encode the transcripts too, for the loss or to align them.
 
         Yields:
-          index_B into utterances (-1: filler), the output on the host, and a line for each recording that failed.
+          The batch, its index_B into utterances, the output on the host, and a line for each recording that failed.
         """
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)
@@ -115,4 +120,4 @@ class Recognizer:
         with load_batches(utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=workers) as batches:
             for loaded in batches:
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield np.asarray(loaded.batch.index_B), jax.device_get(output), loaded.failures
+                yield loaded.batch, jax.device_get(output), loaded.failures

@@ -43,8 +43,8 @@ def transcribe(recognizer: Recognizer, paths: Sequence[Path], decode: Callable[[
         positions.append(position)
     if not utterances:
         return transcripts
-    for index_B, output, failures in recognizer.run(utterances, recognizer.plan(utterances), with_labels=False):
-        for row, index in enumerate(index_B.tolist()):
+    for batch, output, failures in recognizer.run(utterances, recognizer.plan(utterances), with_labels=False):
+        for row, index in enumerate(batch.index_B.tolist()):
             if index >= 0:
                 text = decode(np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]]))
                 transcripts[positions[index]] = Transcript(paths[positions[index]], text=text)
