@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from jaxds2.config import ConfigError, load_config, read_config
 
 if TYPE_CHECKING:
-    from jaxds2.decoding.beam import BeamDecoder
+    from jaxds2.decoding.hypothesis import Decoder
 
 FAILURE, WRONG_USE = 1, 2
 
@@ -240,18 +240,22 @@ def _checkpoint(text: str) -> str | int:
     return int(text)
 
 
-def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None":
-    """The beam decoder that the options describe; None for greedy."""
+def _decoder(arguments: argparse.Namespace, characters: str) -> "Decoder":
+    """The decoder that the options describe."""
+    from jaxds2.text import Vocabulary
+
+    vocabulary = Vocabulary(characters)
     if arguments.decoder == "greedy":
+        from jaxds2.decoding.greedy import GreedyDecoder
+
         if arguments.lm is not None:
             raise ConfigError("--lm is for --decoder beam")
-        return None
+        return GreedyDecoder(vocabulary)
     from jaxds2.decoding.beam import BeamDecoder
-    from jaxds2.text import Vocabulary
 
     _must_exist(arguments.lm)
     return BeamDecoder(
-        Vocabulary(characters),
+        vocabulary,
         lm=arguments.lm,
         alpha=arguments.alpha,
         beta=arguments.beta,
@@ -303,13 +307,13 @@ def _eval(arguments: argparse.Namespace) -> int:
         together = ", ".join(map(str, manifests))
         raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    beam = _beam(arguments, recognizer.vocabulary.characters)
-    kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
+    decoder = _decoder(arguments, recognizer.vocabulary.characters)
+    kind = "beam-lm" if arguments.lm else arguments.decoder
     for manifest, name in zip(manifests, names, strict=True):
         score_run(
             recognizer,
             manifest,
-            beam,
+            decoder,
             folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
             checkpoint=arguments.checkpoint,
             run_dir=arguments.run,
@@ -373,14 +377,12 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
-    from jaxds2.decoding.greedy import greedy_decode
     from jaxds2.inference.recognizer import Recognizer
     from jaxds2.inference.transcribe import transcribe
 
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    beam = _beam(arguments, recognizer.vocabulary.characters)
-    decode = beam.decode if beam else lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
-    transcripts = transcribe(recognizer, arguments.files, decode)
+    decoder = _decoder(arguments, recognizer.vocabulary.characters)
+    transcripts = transcribe(recognizer, arguments.files, decoder)
     for t in transcripts:
         if t.error is not None:
             print(f"error: {t.error}", file=sys.stderr)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.decoding.beam import BeamDecoder, DecoderError
-from jaxds2.decoding.greedy import collapse, greedy_decode
+from jaxds2.decoding.beam import BeamDecoder
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.hypothesis import NOTHING, DecoderError, collapse
 from jaxds2.decoding.lm import LMError, build_ngram, load_model
 from jaxds2.text import Vocabulary
 
@@ -18,6 +19,10 @@ pytest.importorskip("kenlm")
 AB = Vocabulary("ab ")
 LETTERS = Vocabulary("abcdefghijklmnopqrstuvwxyz' ")
 EXHAUSTIVE = {"beam_width": 100_000, "beam_prune_logp": -1e4, "token_min_logp": -1e4}
+
+
+def text_of(decoder, log_probs_UV):
+    return decoder(log_probs_UV)[0].text
 
 
 def log_softmax(logits_UV):
@@ -55,15 +60,15 @@ def test_wide_beam_finds_the_text_that_brute_force_finds(seed, num_frames):
     logits_UV = np.random.default_rng(seed).normal(size=(num_frames, letters.size)) * 2
     log_probs_UV = log_softmax(logits_UV).astype(np.float32)
     expected = text_log_probs(log_probs_UV, letters)
-    found = BeamDecoder(letters, **EXHAUSTIVE).decode(log_probs_UV)
+    found = text_of(BeamDecoder(letters, **EXHAUSTIVE), log_probs_UV)
     assert expected[found] == pytest.approx(max(expected.values()), abs=1e-4)
 
 
 def test_a_text_of_many_alignments_beats_the_best_path():
     # The best path is all blank, but more of the probability spells `a`.
     log_probs_UV = np.log(np.array([[0.5, 0.4, 0.05, 0.05]] * 2, np.float32))
-    assert greedy_decode(log_probs_UV, AB) == ""
-    assert BeamDecoder(AB).decode(log_probs_UV) == "a"
+    assert text_of(GreedyDecoder(AB), log_probs_UV) == ""
+    assert text_of(BeamDecoder(AB), log_probs_UV) == "a"
 
 
 @settings(max_examples=20)
@@ -90,14 +95,14 @@ def test_a_last_space_is_no_word(lm):
     logits_UV = spell("see the red sea")
     logits_UV[-1, LETTERS.encode(" ")] = 5.0
     log_probs_UV = log_softmax(logits_UV)
-    assert BeamDecoder(LETTERS, lm=lm, alpha=1.0, beta=4.0).decode(log_probs_UV) == "see the red sea"
+    assert text_of(BeamDecoder(LETTERS, lm=lm, alpha=1.0, beta=4.0), log_probs_UV) == "see the red sea"
 
 
 def test_silence_has_no_words(lm):
-    assert BeamDecoder(LETTERS, lm=lm).decode(np.zeros((0, LETTERS.size), np.float32)) == ""
+    assert BeamDecoder(LETTERS, lm=lm)(np.zeros((0, LETTERS.size), np.float32)) == [NOTHING]
     silence_UV = np.zeros((20, LETTERS.size), np.float32)
     silence_UV[:, 0] = 8.0
-    assert BeamDecoder(LETTERS, lm=lm, alpha=1.0, beta=0.0).decode(log_softmax(silence_UV)) == ""
+    assert text_of(BeamDecoder(LETTERS, lm=lm, alpha=1.0, beta=0.0), log_softmax(silence_UV)) == ""
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +115,8 @@ def lm_ab(tmp_path_factory):
 def test_peaky_frames_without_a_model_are_decoded_as_by_best_path(text):
     log_probs_UV = log_softmax(spell(text))
     expected = " ".join(text.split())
-    assert greedy_decode(log_probs_UV, LETTERS) == expected
-    assert BeamDecoder(LETTERS).decode(log_probs_UV) == expected
+    assert text_of(GreedyDecoder(LETTERS), log_probs_UV) == expected
+    assert text_of(BeamDecoder(LETTERS), log_probs_UV) == expected
 
 
 def test_the_model_settles_what_the_sound_leaves_open(lm):
@@ -120,10 +125,10 @@ def test_the_model_settles_what_the_sound_leaves_open(lm):
     a = heard.rindex("a")
     logits_UV[3 * a : 3 * a + 2, 0] = 5.5  # almost nothing was heard of this one, against 6.0
     log_probs_UV = log_softmax(logits_UV)
-    assert greedy_decode(log_probs_UV, LETTERS) == heard
-    assert BeamDecoder(LETTERS).decode(log_probs_UV) == heard
-    assert BeamDecoder(LETTERS, lm=lm, alpha=0.0).decode(log_probs_UV) == heard
-    assert BeamDecoder(LETTERS, lm=lm).decode(log_probs_UV) == "read the red book"
+    assert text_of(GreedyDecoder(LETTERS), log_probs_UV) == heard
+    assert text_of(BeamDecoder(LETTERS), log_probs_UV) == heard
+    assert text_of(BeamDecoder(LETTERS, lm=lm, alpha=0.0), log_probs_UV) == heard
+    assert text_of(BeamDecoder(LETTERS, lm=lm), log_probs_UV) == "read the red book"
 
 
 def test_settings_tell_everything_that_decides_the_text(lm):
@@ -177,6 +182,7 @@ def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"nbest": 0}, "0 hypotheses: must be at least 1"),
         ({"beam_width": 0}, "beam width 0: must be at least 1"),
         ({"beam_prune_logp": 10.0}, "pruning at 10.0 and -5.0 nats: both must be below 0"),
         ({"alpha": -0.1}, "alpha must be 0 or more"),
@@ -191,9 +197,9 @@ def test_settings_out_of_range_are_refused(arguments, message):
 def test_what_is_no_log_probability_is_refused():
     decoder = BeamDecoder(AB)
     with pytest.raises(DecoderError, match=r"shape \(3, 29\): expected \(U, 4\)"):
-        decoder.decode(np.zeros((3, 29), np.float32))
+        decoder(np.zeros((3, 29), np.float32))
     with pytest.raises(DecoderError, match="hold NaN"):
-        decoder.decode(np.full((3, 4), np.nan, np.float32))
+        decoder(np.full((3, 4), np.nan, np.float32))
 
 
 def test_missing_packages_are_named_with_their_remedy(lm, monkeypatch):
@@ -206,20 +212,39 @@ def test_missing_packages_are_named_with_their_remedy(lm, monkeypatch):
 
 
 def test_nothing_is_printed(lm, capfd, caplog):
-    BeamDecoder(LETTERS, lm=lm).decode(log_softmax(spell("the sea")))
+    BeamDecoder(LETTERS, lm=lm)(log_softmax(spell("the sea")))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
 
 
 def test_words_have_the_frames_in_which_they_are_spelled(lm):
     log_probs_UV = log_softmax(spell("read the book"))
-    text, words = BeamDecoder(LETTERS, lm=lm).decode_words(log_probs_UV)
-    assert text == "read the book"
-    assert words is not None
+    best = BeamDecoder(LETTERS, lm=lm)(log_probs_UV)[0]
+    assert best.text == "read the book"
     # Three frames a character, the last of them blank.
-    assert [(word, first // 3, -(-end // 3)) for word, first, end in words] == [
+    assert [(word.text, word.start // 3, -(-word.end // 3)) for word in best.words] == [
         ("read", 0, 4),
         ("the", 5, 8),
         ("book", 9, 13),
     ]
-    assert BeamDecoder(LETTERS).decode_words(log_probs_UV[:0]) == ("", [])
+    peak = math.exp(log_probs_UV.max())
+    assert [word.confidence for word in best.words] == pytest.approx([peak] * 3, rel=1e-5)
+
+
+def test_the_list_of_hypotheses_is_ranked_by_its_scores(lm):
+    rng = np.random.default_rng(0)
+    log_probs_UV = log_softmax(spell("read the red book", peak=3.0) + rng.normal(size=(3 * 17, LETTERS.size)))
+    alpha, beta = 0.7, 1.5
+    decoder = BeamDecoder(LETTERS, lm=lm, alpha=alpha, beta=beta, beam_prune_logp=-60.0, nbest=20)
+    found = decoder(log_probs_UV)
+    assert len(found) == 20
+    assert len({h.text for h in found}) == 20
+    assert [h.total for h in found] == sorted((h.total for h in found), reverse=True)
+    model = load_model(lm)
+    for h in found:
+        unknown = sum(word not in model for word in h.text.split())
+        assert h.lm == pytest.approx(model.score(h.text) * math.log(10))
+        offset = -10 * math.log(10) * unknown
+        assert h.total == pytest.approx(h.acoustic + alpha * (h.lm + offset) + beta * len(h.words), abs=1e-3)
+        assert [w.text for w in h.words] == h.text.split()
+    assert decoder.settings["prune_history"] is False

@@ -20,6 +20,7 @@ FLOORS = (
         "ctc",
         "data.manifest",
         "data.download",
+        "decoding.hypothesis",
         "model.scan",
         "model.mosaic",
         "model.linear",

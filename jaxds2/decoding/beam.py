@@ -7,12 +7,21 @@ A text scores log P_CTC + alpha log P_LM + beta (number of words), summed over t
 import hashlib
 import logging
 import math
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxds2.decoding.hypothesis import (
+    NOTHING,
+    DecoderError,
+    Hypothesis,
+    best_path,
+    check_log_probs,
+    path_words,
+)
 from jaxds2.decoding.lm import LMError, load_model, load_unigrams
 from jaxds2.text import Vocabulary
 
@@ -24,10 +33,6 @@ INSTALL = "pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"
 
 UNKNOWN_OFFSET = -10.0
 """Added to log10 P_LM of a word that the language model does not know."""
-
-
-class DecoderError(ValueError):
-    """A decoder that cannot be set up, or input that it cannot decode; its message is one line for the user."""
 
 
 class BeamDecoder:
@@ -43,6 +48,7 @@ class BeamDecoder:
         beam_width: int = 100,
         beam_prune_logp: float = -10.0,
         token_min_logp: float = -5.0,
+        nbest: int = 1,
     ) -> None:
         """Load the language model and check that the alphabet spells its words.
 
@@ -54,6 +60,7 @@ class BeamDecoder:
           beam_width: prefixes kept after each frame.
           beam_prune_logp: prefixes further than this below the best, in nats, are dropped.
           token_min_logp: classes of a frame below this log-probability are not tried, but for the best one.
+          nbest: hypotheses to give.
 
         Raises:
           DecoderError: pyctcdecode is missing, a setting out of range, or a language model of another alphabet.
@@ -61,6 +68,8 @@ class BeamDecoder:
         """
         if beam_width < 1:
             raise DecoderError(f"beam width {beam_width}: must be at least 1")
+        if nbest < 1:
+            raise DecoderError(f"{nbest} hypotheses: must be at least 1")
         if max(beam_prune_logp, token_min_logp) >= 0:
             raise DecoderError(f"pruning at {beam_prune_logp} and {token_min_logp} nats: both must be below 0")
         if not (np.isfinite(alpha) and np.isfinite(beta) and alpha >= 0):
@@ -78,19 +87,29 @@ class BeamDecoder:
             "beam_width": beam_width,
             "beam_prune_logp": float(beam_prune_logp),
             "token_min_logp": float(token_min_logp),
-            # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more.
-            "prune_history": True,
+            # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more;
+            # a list of hypotheses would then hardly differ but at the end.
+            "prune_history": nbest == 1,
         }
         self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"}
         self.settings |= self._pruning
-        model = None
+        self._nbest = nbest
+        self._model: kenlm.Model | None = None
+        scorer = None
         if lm is not None:
-            model, described = _language_model(lm, vocabulary, float(alpha), float(beta))
-            self.settings |= described
-        self._decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), model)
+            self._model, words, described = _language_model(lm, vocabulary)
+            scorer = _word_model(self._model, words, float(alpha), float(beta))
+            self.settings |= described | {
+                "alpha": float(alpha),
+                "beta": float(beta),
+                "unknown_offset": UNKNOWN_OFFSET,
+            }
+        self._decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), scorer)
 
-    def decode(self, log_probs_UV: np.ndarray) -> str:
-        """The best text of one utterance, with single spaces between words.
+    def __call__(self, log_probs_UV: np.ndarray) -> list[Hypothesis]:
+        """The best texts of one utterance; as many as `nbest`, or as the pruning left.
+
+        A word has the frames that pyctcdecode gives it, or the best path's where those are not as many as the words.
 
         Args:
           log_probs_UV: log-probabilities of its own frames, without padding.
@@ -98,37 +117,27 @@ class BeamDecoder:
         Raises:
           DecoderError: another number of classes than the vocabulary's, or values that are not numbers.
         """
-        return self.decode_words(log_probs_UV)[0]
-
-    def decode_words(self, log_probs_UV: np.ndarray) -> tuple[str, list[tuple[str, int, int]] | None]:
-        """The best text, and its words with the frames that pyctcdecode gives them.
-
-        Args:
-          log_probs_UV: as for decode.
-
-        Returns:
-          The text, and (word, first frame, frame behind the last) in order; None where the library's frames are not
-          as many as the words.
-
-        Raises:
-          DecoderError: as decode.
-        """
-        if log_probs_UV.ndim != 2 or log_probs_UV.shape[1] != self.vocabulary.size:
-            raise DecoderError(f"log-probabilities of shape {log_probs_UV.shape}: expected (U, {self.vocabulary.size})")
-        if np.isnan(log_probs_UV).any():
-            raise DecoderError("log-probabilities hold NaN: the model's weights or its input are damaged")
+        check_log_probs(log_probs_UV, self.vocabulary)
         if len(log_probs_UV) == 0:
-            return "", []
+            return [NOTHING]
         logits: Any = np.asarray(log_probs_UV, np.float32)
-        text, _, frames, *_ = self._decoder.decode_beams(logits, **self._pruning)[0]
-        words = [(word, int(first), int(end)) for word, (first, end) in frames]
-        return text, words if [word for word, _, _ in words] == text.split() else None
+        beams = self._decoder.decode_beams(logits, **self._pruning)[: self._nbest]
+        return [self._hypothesis(log_probs_UV, *beam) for beam in beams]
+
+    def _hypothesis(
+        self, log_probs_UV: np.ndarray, text: str, _: Any, frames: list, acoustic: float, total: float
+    ) -> Hypothesis:
+        path_U = best_path(log_probs_UV, self.vocabulary.encode(text))
+        words = path_words(path_U.tolist(), log_probs_UV, self.vocabulary)
+        if [word for word, _ in frames] == text.split():
+            spans = [(int(start), int(end)) for _, (start, end) in frames]
+            words = tuple(replace(w, start=start, end=end) for w, (start, end) in zip(words, spans, strict=True))
+        lm = self._model.score(text) * math.log(10) if self._model else 0.0
+        return Hypothesis(text, words, float(acoustic), lm, float(total))
 
 
-def _language_model(
-    path: Path, vocabulary: Vocabulary, alpha: float, beta: float
-) -> tuple["LanguageModel", dict[str, Any]]:
-    """The language model for pyctcdecode, and what a report says of it."""
+def _language_model(path: Path, vocabulary: Vocabulary) -> tuple["kenlm.Model", list[str], dict[str, Any]]:
+    """The language model, its words that the vocabulary can spell, and what a report says of it."""
     words = load_unigrams(path)
     if " " not in vocabulary.characters:
         raise DecoderError(f"{path}: a model of words needs a space in the alphabet {vocabulary.characters!r}")
@@ -151,11 +160,8 @@ def _language_model(
         "lm_sha256": _sha256(path),
         "lm_order": model.order,
         "lm_words": len(known),
-        "alpha": alpha,
-        "beta": beta,
-        "unknown_offset": UNKNOWN_OFFSET,
     }
-    return _word_model(model, known, alpha, beta), described
+    return model, known, described
 
 
 def _word_model(model: "kenlm.Model", words: list[str], alpha: float, beta: float) -> "LanguageModel":

@@ -8,11 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxds2.data.manifest import Utterance
+from jaxds2.decoding.hypothesis import Decode, Hypothesis
 from jaxds2.evaluation.metrics import EditCounts, count_character_edits, count_word_edits
 from jaxds2.inference.recognizer import Recognizer
-
-Decode = Callable[[np.ndarray], str]
-"""log_probs_UV of one utterance to its text."""
 
 
 class EvaluationError(ValueError):
@@ -30,6 +28,9 @@ class Scores:
     ids: list[str]
     refs: list[str]
     hyps: list[str]
+    """The best text of each."""
+    hypotheses: list[list[Hypothesis]]
+    """All that the decoder gave, best first."""
     words: EditCounts
     characters: EditCounts
     loss: float | None
@@ -63,7 +64,7 @@ def evaluate(
     Args:
       recognizer: the model and its weights.
       utterances: references are normalised by the model's vocabulary.
-      decode: log-probabilities to text.
+      decode: log-probabilities to hypotheses.
       with_loss: also the CTC loss, which needs references that the vocabulary can spell.
       warm_up: compile every batch shape before the clock starts.
       progress: show a bar.
@@ -83,7 +84,7 @@ def evaluate(
     plan = recognizer.plan(utterances)
     if warm_up:
         recognizer.warm_up(plan)
-    hyps: dict[int, str] = {}
+    found: dict[int, list[Hypothesis]] = {}
     failed: list[str] = []
     infeasible: list[str] = []
     nats, labels = 0.0, 0
@@ -104,7 +105,7 @@ def evaluate(
                     u = utterances[index]
                     failed.append(f"{u.id}: too short for one frame ({u.audio_filepath}, {u.duration:.3f} s)")
                     continue
-                hyps[index] = decode(log_probs_UV)
+                found[index] = decode(log_probs_UV)
                 keep(index, log_probs_UV)
                 if with_loss and not output.feasible_B[row]:
                     infeasible.append(utterances[index].id)
@@ -118,13 +119,15 @@ def evaluate(
     if failed:
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
-    if sorted(hyps) != list(range(len(utterances))):
-        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: a fault of the plan")
-    texts = [hyps[i] for i in range(len(utterances))]
+    if sorted(found) != list(range(len(utterances))):
+        raise EvaluationError(f"{len(found)} of {len(utterances)} utterances were decoded: a fault of the plan")
+    hypotheses = [found[i] for i in range(len(utterances))]
+    texts = [best.text for best, *_ in hypotheses]
     return Scores(
         ids=[u.id for u in utterances],
         refs=refs,
         hyps=texts,
+        hypotheses=hypotheses,
         words=count_word_edits(refs, texts),
         characters=count_character_edits(refs, texts),
         loss=nats / max(labels, 1) if with_loss else None,

@@ -11,8 +11,7 @@ import numpy as np
 
 from jaxds2.data.manifest import manifest_path
 from jaxds2.data.shards import read_utterances
-from jaxds2.decoding.beam import BeamDecoder
-from jaxds2.decoding.greedy import greedy_decode, greedy_words
+from jaxds2.decoding.hypothesis import Decoder
 from jaxds2.evaluation.breakdown import (
     Confusions,
     ScoredUtterance,
@@ -29,8 +28,7 @@ from jaxds2.evaluation.page import Posteriors, build_page, collect_media, read_c
 from jaxds2.evaluation.sclite import Words, format_ctm, format_stm, format_trn
 from jaxds2.evaluation.significance import LEVEL, REPLICATES, SEED, rate_intervals, resampling_units
 from jaxds2.files import write_whole
-from jaxds2.inference.recognizer import Recognizer
-from jaxds2.model.deepspeech2 import subsampling_factor
+from jaxds2.inference.recognizer import Recognizer, frame_seconds
 
 SCHEMA_VERSION = 2
 """2 added intervals, breakdown, confusions, worst, utterances_with_errors and word_times; all of 1 is as it was."""
@@ -43,7 +41,7 @@ PRINTED = 5
 def score_run(
     recognizer: Recognizer,
     manifest: Path,
-    beam: BeamDecoder | None,
+    decoder: Decoder,
     *,
     folder: Path,
     checkpoint: str | int | None = None,
@@ -55,7 +53,7 @@ def score_run(
     Args:
       recognizer: the model and its weights.
       manifest: what to score it on; a folder of shards too.
-      beam: the decoder; None is greedy.
+      decoder: what turns log-probabilities into text.
       folder: where the report goes; made if absent.
       checkpoint: how the weights were asked for, for the report.
       run_dir: whose name and training curve the page shows.
@@ -70,27 +68,18 @@ def score_run(
     """
     vocabulary, config = recognizer.vocabulary, recognizer.config
     utterances = read_utterances(manifest)
-    frame_seconds = subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
-    frames: list[tuple[str, int, int]] | None = []
-    times: dict[str, Words] = {}
     posteriors: dict[str, Posteriors] = {}
 
-    def decode(log_probs_UV: np.ndarray) -> str:
-        nonlocal frames
-        if beam:
-            text, frames = beam.decode_words(log_probs_UV)
-            return text
-        frames = greedy_words(log_probs_UV, vocabulary)
-        return greedy_decode(log_probs_UV, vocabulary)
-
     def keep(index: int, log_probs_UV: np.ndarray) -> None:
-        if frames is not None:
-            words = [(word, first * frame_seconds, end * frame_seconds) for word, first, end in frames]
-            times[utterances[index].id] = words
         if page:
             posteriors[utterances[index].id] = Posteriors.of(log_probs_UV, vocabulary)
 
-    scores = evaluate(recognizer, utterances, decode, keep=keep)
+    scores = evaluate(recognizer, utterances, decoder, keep=keep)
+    seconds = frame_seconds(config)
+    times = {
+        i: [(w.text, w.start * seconds, w.end * seconds) for w in best.words]
+        for i, (best, *_) in zip(scores.ids, scores.hypotheses, strict=True)
+    }
     scored = score_utterances(
         scores.ids, [u.speaker for u in utterances], [u.duration for u in utterances], scores.refs, scores.hyps
     )
@@ -111,7 +100,7 @@ def score_run(
         manifest_sha256=hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest(),
         checkpoint=None if checkpoint is None else str(checkpoint),
         checkpoint_step=recognizer.step,
-        decoder=beam.settings if beam else {"name": "greedy"},
+        decoder=decoder.settings,
         times=times,
         page=render if page else None,
     )
@@ -120,8 +109,6 @@ def score_run(
     print(_interval_line(report))
     for line in _worst_lines(report):
         print(line)
-    if missing := len(scored) - len(times):
-        print(f"hyp.ctm left out: the decoder gives no word times for {missing} of {len(scored)} utterances")
     print(f"{scores.rtfx:.1f} times real time, step {recognizer.step}; written to {folder}")
     return report
 

@@ -16,7 +16,7 @@ from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
-from jaxds2.model.deepspeech2 import Params, create, output_lengths
+from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
 from jaxds2.training.step import EvalOutput, make_eval_step
@@ -36,6 +36,11 @@ def compute_dtype(config: Config) -> jax.typing.DTypeLike:
 def output_frames(num_samples, config: Config):
     """Output frames U of a waveform of S samples at the config's rate (int or array)."""
     return output_lengths(num_frames(num_samples, config.features), config.model)
+
+
+def frame_seconds(config: Config) -> float:
+    """Seconds from one output frame to the next."""
+    return subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
 
 
 @dataclass(frozen=True)
