@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from jaxds2.config import ConfigError, load_config, read_config
 
 if TYPE_CHECKING:
-    from jaxds2.decoding.hypothesis import Decoder
+    from jaxds2.decoding.decoder import DecoderChoice
 
 FAILURE, WRONG_USE = 1, 2
 
@@ -226,10 +226,32 @@ def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -
     parser.add_argument("--run", type=Path, required=run_required, metavar="DIR", help="folder of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
     parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
-    parser.add_argument("--lm", type=Path, metavar="FILE", help="beam: n-gram model, ARPA or KenLM binary")
-    parser.add_argument("--alpha", type=float, default=0.5, help="beam: weight of the language model (default: 0.5)")
-    parser.add_argument("--beta", type=float, default=1.0, help="beam: bonus per word (default: 1.0)")
-    parser.add_argument("--beam-width", type=int, default=100, help="beam: hypotheses kept (default: 100)")
+    beam = parser.add_argument_group("beam search", "defaults where neither these options nor RUN/decoding.json say")
+    add_search(beam)
+    beam.add_argument("--alpha", type=float, help="weight of the language model (default: 0.5)")
+    beam.add_argument("--beta", type=float, help="bonus per word (default: 1.0)")
+    beam.add_argument("--beam-width", type=int, help="hypotheses kept (default: 100)")
+    beam.add_argument("--beam-prune-logp", type=float, metavar="NATS", help="below the best: dropped (default: -10)")
+    beam.add_argument("--token-min-logp", type=float, metavar="NATS", help="below this: not tried (default: -5)")
+    beam.add_argument("--hot-words", metavar="FILE|WORD:WEIGHT,...", help="words with a bonus in nats")
+    beam.add_argument("--lexicon", type=Path, metavar="FILE", help="flashlight: words to choose from, one a line")
+
+
+def add_search(parser: argparse._ActionsContainer) -> None:
+    """Options of a beam search that tuning shares."""
+    parser.add_argument("--lm", type=Path, metavar="FILE", help="n-gram model, ARPA or KenLM binary")
+    parser.add_argument(
+        "--backend", choices=("pyctcdecode", "flashlight", "ctc-beam-decoder"), help="default: pyctcdecode"
+    )
+    parser.add_argument(
+        "--blank-threshold",
+        type=float,
+        metavar="P",
+        help="of a run of frames with more blank than this one is searched",
+    )
+    parser.add_argument(
+        "--decode-workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this one)"
+    )
 
 
 def _checkpoint(text: str) -> str | int:
@@ -240,26 +262,34 @@ def _checkpoint(text: str) -> str | int:
     return int(text)
 
 
-def _decoder(arguments: argparse.Namespace, characters: str) -> "Decoder":
-    """The decoder that the options describe."""
+def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderChoice":
+    """The decoder that the options and the run's tuned settings describe."""
+    from jaxds2.decoding.decoder import DecoderChoice, read_hot_words
+    from jaxds2.decoding.settings import BeamSettings
+    from jaxds2.decoding.tuned import FILE, SETTINGS, settle
     from jaxds2.text import Vocabulary
 
-    vocabulary = Vocabulary(characters)
+    explicit = {name: getattr(arguments, name, None) for name in SETTINGS}
     if arguments.decoder == "greedy":
-        from jaxds2.decoding.greedy import GreedyDecoder
-
-        if arguments.lm is not None:
-            raise ConfigError("--lm is for --decoder beam")
-        return GreedyDecoder(vocabulary)
-    from jaxds2.decoding.beam import BeamDecoder
-
-    _must_exist(arguments.lm)
-    return BeamDecoder(
-        vocabulary,
+        names = (*SETTINGS, "lm", "backend", "lexicon", "hot_words")
+        if given := [name for name in names if getattr(arguments, name) is not None]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for --decoder beam")
+        return DecoderChoice()
+    _must_exist(arguments.lm, arguments.lexicon)
+    backend = arguments.backend or "pyctcdecode"
+    values, sources = settle(explicit, arguments.run, backend, arguments.lm)
+    if tuned := [f"{name} {values[name]:g}" for name in SETTINGS if sources[name] == FILE]:
+        print(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}", file=sys.stderr)
+    threshold = values.pop("blank_threshold")
+    hot_words = read_hot_words(arguments.hot_words, Vocabulary(characters)) if arguments.hot_words else ()
+    return DecoderChoice(
+        "beam",
+        backend,
         lm=arguments.lm,
-        alpha=arguments.alpha,
-        beta=arguments.beta,
-        beam_width=arguments.beam_width,
+        lexicon=arguments.lexicon,
+        blank_threshold=threshold,
+        beam=BeamSettings(**values, hot_words=hot_words, nbest=getattr(arguments, "nbest", None) or 1),
+        sources=sources | {"backend": "command line" if arguments.backend else "default"},
     )
 
 
@@ -270,6 +300,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--manifest", type=Path, metavar="FILE", help="or a folder of shards (default: data.test of the config)"
     )
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
+    parser.add_argument("--nbest", type=int, metavar="N", help="also write nbest.jsonl, N hypotheses an utterance")
+    parser.add_argument("--save-logprobs", action="store_true", help="keep the log-probabilities in the folder too")
+    parser.add_argument(
+        "--logprobs", type=Path, metavar="EVAL_DIR", help="decode those that --save-logprobs kept, without the model"
+    )
     parser.add_argument("--no-html", action="store_true", help="leave out report.html, with its sound and pictures")
     parser.add_argument(
         "--compare",
@@ -286,11 +321,65 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.run is None:
         raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
-    from jaxds2.evaluation.report import score_run
+    from functools import partial
+
+    from jaxds2.decoding.decoder import make_decoder
+    from jaxds2.decoding.pool import open_pool
+    from jaxds2.evaluation.logprobs import read_log_probs
+    from jaxds2.evaluation.report import score_log_probs, score_run
     from jaxds2.inference.recognizer import Recognizer
+    from jaxds2.text import Vocabulary
 
     config = read_config(arguments.run / "config.json")
-    manifests = [arguments.manifest] if arguments.manifest else [Path(m) for m in config.data.test]
+    saved = read_log_probs(arguments.logprobs) if arguments.logprobs else None
+    if saved and arguments.save_logprobs:
+        raise ConfigError("--logprobs and --save-logprobs: they are kept already")
+    manifests = _manifests_to_score(arguments, [Path(saved.manifest)] if saved else [Path(m) for m in config.data.test])
+    names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
+    if len(set(names)) < len(names):
+        together = ", ".join(map(str, manifests))
+        raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
+    vocabulary = Vocabulary(saved.characters if saved else config.data.characters)
+    choice = _decoder_choice(arguments, vocabulary.characters)
+    decoder = make_decoder(choice, vocabulary)
+    kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
+    kind += "-lm" if choice.lm else ""
+    recognizer = None if saved else Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+    with open_pool(partial(make_decoder, choice, vocabulary), arguments.decode_workers) as pool:
+        for manifest, name in zip(manifests, names, strict=True):
+            folder = arguments.run / "eval" / (arguments.name or f"{name}-{kind}")
+            page, nbest = not arguments.no_html, arguments.nbest is not None
+            if recognizer is None:
+                score_log_probs(
+                    saved,
+                    arguments.logprobs,
+                    config,
+                    decoder,
+                    manifest=manifest,
+                    folder=folder,
+                    run_dir=arguments.run,
+                    page=page,
+                    pool=pool,
+                    list_hypotheses=nbest,
+                )
+            else:
+                score_run(
+                    recognizer,
+                    manifest,
+                    decoder,
+                    folder=folder,
+                    checkpoint=arguments.checkpoint,
+                    run_dir=arguments.run,
+                    page=page,
+                    pool=pool,
+                    list_hypotheses=nbest,
+                    save_log_probs=arguments.save_logprobs,
+                )
+    return 0
+
+
+def _manifests_to_score(arguments: argparse.Namespace, otherwise: list[Path]) -> list[Path]:
+    manifests = [arguments.manifest] if arguments.manifest else otherwise
     if not manifests:
         raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
     if arguments.name and len(manifests) > 1:
@@ -302,24 +391,7 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"{manifest}, a test manifest of {arguments.run / 'config.json'}, does not exist; write it with "
                 f"`jaxds2 prepare`, or name another with --manifest"
             )
-    names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
-    if len(set(names)) < len(names):
-        together = ", ".join(map(str, manifests))
-        raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
-    recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    decoder = _decoder(arguments, recognizer.vocabulary.characters)
-    kind = "beam-lm" if arguments.lm else arguments.decoder
-    for manifest, name in zip(manifests, names, strict=True):
-        score_run(
-            recognizer,
-            manifest,
-            decoder,
-            folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
-            checkpoint=arguments.checkpoint,
-            run_dir=arguments.run,
-            page=not arguments.no_html,
-        )
-    return 0
+    return manifests
 
 
 def _name_of_set(manifest: Path) -> str:
@@ -354,6 +426,15 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write")
     build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
     build.set_defaults(call=_lm_build, usage=build.format_usage())
+    tune = commands.add_parser("tune", help="search the weights and the pruning of beam search on a development set")
+    tune.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    tune.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    tune.add_argument("--manifest", type=Path, metavar="DEV", help="what to tune on (default: data.dev of the config)")
+    tune.add_argument(
+        "--logprobs", type=Path, metavar="EVAL_DIR", help="its log-probabilities, as --save-logprobs kept"
+    )
+    add_search(tune)
+    tune.set_defaults(call=_lm_tune, usage=tune.format_usage())
 
 
 def _lm_build(arguments: argparse.Namespace) -> int:
@@ -369,6 +450,32 @@ def _lm_build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _lm_tune(arguments: argparse.Namespace) -> int:
+    from jaxds2.evaluation.tuning import tune_run
+
+    if arguments.lm is None:
+        raise ConfigError("--lm FILE says which language model to tune the weight of")
+    _must_exist(arguments.lm, arguments.manifest)
+    config = read_config(arguments.run / "config.json")
+    dev = Path(config.data.dev) if config.data.dev else None
+    if arguments.manifest is None and arguments.logprobs is None and dev is None:
+        raise ConfigError(
+            f"the config of {arguments.run} names no development set (data.dev); give one with --manifest"
+        )
+    tune_run(
+        arguments.run,
+        config,
+        arguments.manifest or (None if arguments.logprobs else dev),
+        lm=arguments.lm,
+        backend=arguments.backend or "pyctcdecode",
+        blank_threshold=arguments.blank_threshold,
+        checkpoint=_checkpoint(arguments.checkpoint),
+        log_probs=arguments.logprobs,
+        workers=arguments.decode_workers,
+    )
+    return 0
+
+
 def add_transcribe(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 transcribe`."""
     add_decoder(parser)
@@ -377,11 +484,12 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
+    from jaxds2.decoding.decoder import make_decoder
     from jaxds2.inference.recognizer import Recognizer
     from jaxds2.inference.transcribe import transcribe
 
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    decoder = _decoder(arguments, recognizer.vocabulary.characters)
+    decoder = make_decoder(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary)
     transcripts = transcribe(recognizer, arguments.files, decoder)
     for t in transcripts:
         if t.error is not None:

@@ -10,7 +10,8 @@ from jaxds2.data.manifest import read_manifest
 from jaxds2.data.spoken import prepare_demo
 from jaxds2.decoding.beam import BeamDecoder
 from jaxds2.decoding.greedy import GreedyDecoder
-from jaxds2.decoding.lm import build_ngram
+from jaxds2.decoding.lm import build_ngram, open_model
+from jaxds2.decoding.settings import BeamSettings
 from jaxds2.evaluation.metrics import EditCounts
 from jaxds2.evaluation.report import score_run
 from jaxds2.inference.recognizer import Recognizer
@@ -52,7 +53,7 @@ def _evaluate(config: Config, run_dir: Path, test: Path, greedy: Path, beam: Pat
     lm = build_ngram(sentences, run_dir / "lm.arpa")
     recognizer = Recognizer.load(run_dir)
     score_run(recognizer, test, GreedyDecoder(vocabulary), folder=greedy, checkpoint="best", run_dir=run_dir)
-    decoder = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
+    decoder = BeamDecoder(vocabulary, BeamSettings(alpha=ALPHA, beta=BETA), lm=open_model(lm, vocabulary))
     score_run(recognizer, test, decoder, folder=beam, checkpoint="best", run_dir=run_dir)
 
 

@@ -1,6 +1,6 @@
 """What a decoder makes of an utterance: texts, best first, with their words and scores."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class Decoder(Protocol):
     """A decoder as a score needs it: a Decode that knows its settings."""
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything that decides the text, for the report."""
         ...
 
@@ -118,11 +118,12 @@ def best_path(log_probs_UV: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     score_S = np.full(len(states_S) + 2, -np.inf)  # two states of padding in front
     score_S[2:4] = emissions_US[0, :2]
     steps_US = np.zeros(emissions_US.shape, np.int8)
+    arrivals_3S = np.full((3, len(states_S)), -np.inf)  # from the state itself, the one before, the one before that
     for u in range(1, len(emissions_US)):
-        # From the state itself, the one before it, the one before that.
-        arrivals = np.stack([score_S[2:], score_S[1:-1], np.where(may_skip_S, score_S[:-2], -np.inf)])
-        steps_US[u] = arrivals.argmax(axis=0)
-        score_S[2:] = arrivals.max(axis=0) + emissions_US[u]
+        arrivals_3S[0], arrivals_3S[1] = score_S[2:], score_S[1:-1]
+        np.copyto(arrivals_3S[2], score_S[:-2], where=may_skip_S)
+        steps_US[u] = arrivals_3S.argmax(axis=0)
+        score_S[2:] = arrivals_3S.max(axis=0) + emissions_US[u]
     state = len(states_S) - 1
     if labels and score_S[-2] > score_S[-1]:
         state -= 1

@@ -6,17 +6,22 @@ needs, so a word list lies beside each model: `lm.vocab.txt` for `lm.arpa` and `
 
 import contextlib
 import gzip
+import hashlib
 import io
 import math
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from jaxds2.data.manifest import read_manifest
 from jaxds2.files import write_whole
+from jaxds2.text import Vocabulary
 
 if TYPE_CHECKING:
     import kenlm
@@ -205,6 +210,65 @@ def load_model(path: Path) -> "kenlm.Model":
     except (OSError, RuntimeError, ValueError) as e:
         reason = _reason(e).rpartition("threw ")[2]  # behind the place in KenLM's C++
         raise LMError(f"{path}: KenLM cannot read it ({reason})") from None
+
+
+@dataclass(frozen=True)
+class WordModel:
+    """A language model of words, open, for one alphabet."""
+
+    path: Path
+    model: "kenlm.Model"
+    words: list[str]
+    """Those of its words that the alphabet can spell."""
+    described: dict[str, Any]
+    """For a report."""
+
+    def log_prob(self, text: str) -> float:
+        """log P(<s> text </s>), natural."""
+        return self.model.score(text) * math.log(10)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing that a library in C++ writes to stderr in the block comes out, such as KenLM's bar over a text model."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def open_model(path: Path, vocabulary: Vocabulary) -> WordModel:
+    """Load a language model and check that the alphabet spells its words.
+
+    Raises:
+      LMError: the file cannot be read, or more than half of its words cannot be spelled or are not its own.
+    """
+    words = load_unigrams(path)
+    if " " not in vocabulary.characters:
+        raise LMError(f"{path}: a model of words needs a space in the alphabet {vocabulary.characters!r}")
+    spelled = [word for word in words if not vocabulary.unknown(word)]
+    if 2 * len(spelled) < len(words):
+        foreign = next(word for word in words if vocabulary.unknown(word))
+        hint = "; write its words in lower case" if foreign.lower() != foreign else ""
+        raise LMError(
+            f"{path}: {len(words) - len(spelled)} of its {len(words)} words, such as {foreign!r}, cannot be spelled in "
+            f"the alphabet {vocabulary.characters!r}: this is the language model of another vocabulary{hint}"
+        )
+    model = load_model(path)
+    known = [word for word in spelled if word in model]
+    if 2 * len(known) < len(spelled):
+        raise LMError(
+            f"{path}: knows {len(known)} of the {len(spelled)} words listed for it: the list is another model's"
+        )
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    described = {"lm": str(path), "lm_sha256": digest, "lm_order": model.order, "lm_words": len(known)}
+    return WordModel(path, model, known, described)
 
 
 def _reason(error: Exception) -> str:
