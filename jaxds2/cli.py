@@ -22,6 +22,7 @@ FAILURE, WRONG_USE = 1, 2
 MAX_SHARD_MB = 100_000
 
 CORPORA = ("demo", "an4", "librispeech", "mini-librispeech", "common-voice", "ljspeech")
+LANGUAGE_MODELS = ("librispeech-3gram-pruned", "librispeech-3gram", "librispeech-4gram")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -424,8 +425,28 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--order", type=int, default=3, help="longest n-gram (default: 3)")
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write")
+    build.add_argument(
+        "--prune", type=int, nargs="+", default=(), metavar="COUNT", help="per order: n-grams so rare are left out"
+    )
+    build.add_argument(
+        "--estimator",
+        choices=("kaldingram", "lmplz"),
+        default="kaldingram",
+        help="lmplz: KenLM's program, which has to be on the PATH (default: kaldingram, the same file everywhere)",
+    )
+    build.add_argument("--binary", action="store_true", help="also FILE.binary, by KenLM's build_binary on the PATH")
     build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
     build.set_defaults(call=_lm_build, usage=build.format_usage())
+    perplexity = commands.add_parser("perplexity", help="how well a model foresees texts")
+    perplexity.add_argument("lm", type=Path, metavar="LM", help="ARPA file or KenLM binary")
+    perplexity.add_argument("text", type=Path, nargs="+", metavar="TEXT", help="as for build")
+    perplexity.add_argument("--sentences", action="store_true", help="also of each: perplexity, unknown words, text")
+    perplexity.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
+    perplexity.set_defaults(call=_lm_perplexity, usage=perplexity.format_usage())
+    download = commands.add_parser("download", help="a published model: LibriSpeech's, from openslr.org/11")
+    download.add_argument("name", choices=LANGUAGE_MODELS)
+    download.add_argument("--out", type=Path, default=Path("data/lm"), metavar="DIR", help="default: data/lm")
+    download.set_defaults(call=_lm_download, usage=download.format_usage())
     tune = commands.add_parser("tune", help="search the weights and the pruning of beam search on a development set")
     tune.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
     tune.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
@@ -439,14 +460,43 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
 
 def _lm_build(arguments: argparse.Namespace) -> int:
     from jaxds2.config import DataConfig
+    from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz
     from jaxds2.decoding.lm import build_ngram, read_sentences
     from jaxds2.text import Vocabulary
 
     _must_exist(*arguments.text)
     vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
     sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
-    lm = build_ngram(sentences, arguments.out, order=arguments.order)
-    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences")
+    estimate = estimate_by_lmplz if arguments.estimator == "lmplz" else build_ngram
+    lm = estimate(sentences, arguments.out, order=arguments.order, prune=arguments.prune)
+    pruned = f", pruned {' '.join(map(str, arguments.prune))}" if arguments.prune else ""
+    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences by {arguments.estimator}{pruned}")
+    if arguments.binary:
+        print(f"wrote {build_binary(lm)}")
+    return 0
+
+
+def _lm_perplexity(arguments: argparse.Namespace) -> int:
+    from jaxds2.config import DataConfig
+    from jaxds2.decoding.lm import load_model, read_sentences
+    from jaxds2.decoding.perplexity import perplexity
+    from jaxds2.text import Vocabulary
+
+    _must_exist(arguments.lm, *arguments.text)
+    vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
+    model = load_model(arguments.lm)
+    for path in arguments.text:
+        corpus = perplexity(model, [vocabulary.normalize(s) for s in read_sentences(path)])
+        for s in corpus.sentences if arguments.sentences else ():
+            print(f"{s.perplexity:.2f}\t{s.unknown}\t{s.text}")
+        print(f"{path}: {corpus.render()}")
+    return 0
+
+
+def _lm_download(arguments: argparse.Namespace) -> int:
+    from jaxds2.decoding.published import download_model
+
+    print(f"wrote {download_model(arguments.name, arguments.out)}")
     return 0
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def read_sentences(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
+def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: Sequence[int] = ()) -> Path:
     """Estimate a back-off n-gram model with Kneser-Ney smoothing and write it with its word list.
 
     Kneser & Ney (1995), one discount D = n1 / (n1 + 2 n2) per order (n1, n2: n-grams seen once, twice), counted by
@@ -64,12 +64,16 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     are discounted too, and what that frees goes to `<unk>`: so the model sums to 1 after every history and an unknown
     word has a probability. Where counts leave no usable D, it is 0.5.
 
-    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there.
+    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there,
+    unless somebody asks (`kenlm_tools`).
 
     Args:
       sentences: normalised text; words are what white space separates, blank sentences are left out.
       out: the ARPA file to write; its words go to the same name with `.vocab.txt`, one a line, sorted.
       order: length of the longest n-grams, 2 to 6.
+      prune: thresholds for each order, as lmplz has them: n-grams counted so often or less are left out, the last one
+        holds for all longer ones. Unigrams are never left out, so the first is 0. What is left out gives its
+        probability to the back-off.
 
     Returns:
       out.
@@ -80,6 +84,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     """
     if not MIN_ORDER <= order <= MAX_ORDER:
         raise LMError(f"order {order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
+    thresholds = _thresholds(prune, order)
     try:
         from kaldingram.train import NgramCounts
     except ImportError:
@@ -109,7 +114,13 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
         raise LMError(f"the text holds {reserved[0]}, which a language model keeps for itself: remove it")
 
     arpa = io.StringIO()
-    stages = (partial(_set_discounts, counts), counts.cal_f, counts.cal_bow, partial(counts.print_as_arpa, arpa))
+    stages = (
+        partial(_set_discounts, counts),
+        counts.cal_f,
+        partial(_prune, counts, thresholds),
+        counts.cal_bow,
+        partial(counts.print_as_arpa, arpa),
+    )
     bar = tqdm(stages, desc="estimate", unit="stage", leave=False)
     with contextlib.redirect_stderr(io.StringIO()):  # the library draws a bar for every order of every stage
         for stage in bar:
@@ -129,6 +140,30 @@ def _set_discounts(counts) -> None:
     counts.d[0] = once / (once + 2 * twice) if once else 0.0
     # At D = 1 what was seen once would be as good as unseen; at 0 nothing is left for what was not.
     counts.d = [_FALLBACK_DISCOUNT if d >= 1 else max(d, _MIN_DISCOUNT) for d in counts.d]
+
+
+def _thresholds(prune: Sequence[int], order: int) -> list[int]:
+    """A threshold for each order."""
+    given = list(prune) or [0]
+    if len(given) > order or given[0] != 0 or given != sorted(given):
+        raise LMError(
+            f"pruning {' '.join(map(str, given))}: expected at most {order} thresholds for order {order}, the first 0, "
+            f"none smaller than the one before"
+        )
+    return given + given[-1:] * (order - len(given))
+
+
+def _prune(counts, thresholds: Sequence[int]) -> None:
+    """Forget n-grams after their probabilities are set.
+
+    What begins or ends a longer one came at least as often, so with thresholds that do not fall it stays if that does.
+    """
+    for threshold, by_history in zip(thresholds[1:], counts.counts[1:], strict=True):
+        for history, following in list(by_history.items()):
+            for word in [word for word, count in following.word_to_count.items() if count <= threshold]:
+                del following.word_to_count[word], following.word_to_f[word]
+            if not following.word_to_count:
+                del by_history[history]
 
 
 def _with_unknown(arpa: str, num_unigrams: int, probability: float) -> str:
