@@ -27,6 +27,12 @@ def test_the_best_path_is_the_one_that_brute_force_finds(seed, labels, num_frame
     assert tuple(best_path(log_probs_UV, labels)) == expected
 
 
+def test_the_best_path_of_a_long_text_is_its_own():
+    path = [1, 1, 0, 2, 3, 0] * 200
+    log_probs_UV = np.where(np.eye(VOCABULARY.size)[path] > 0, -0.1, -5.0)
+    assert best_path(log_probs_UV, collapse(path)).tolist() == path
+
+
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_words_of_a_path_are_those_of_its_labels_in_order_and_apart(path):
     words = path_words(path, np.zeros((len(path), VOCABULARY.size)), VOCABULARY)

@@ -130,7 +130,7 @@ def best_path(log_probs_UV: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     path_U = np.zeros(len(emissions_US), np.intp)
     for u in range(len(emissions_US) - 1, -1, -1):
         path_U[u] = states_S[state]
-        state -= steps_US[u, state]
+        state -= int(steps_US[u, state])
     return path_U
 
 
