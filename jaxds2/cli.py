@@ -250,6 +250,10 @@ def add_search(parser: argparse._ActionsContainer) -> None:
         metavar="P",
         help="of a run of frames with more blank than this one is searched",
     )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Of a command that decodes a whole set."""
     parser.add_argument(
         "--decode-workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this one)"
     )
@@ -279,7 +283,7 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     _must_exist(arguments.lm, arguments.lexicon)
     backend = arguments.backend or "pyctcdecode"
     values, sources = settle(explicit, arguments.run, backend, arguments.lm)
-    if tuned := [f"{name} {values[name]:g}" for name in SETTINGS if sources[name] == FILE]:
+    if tuned := [f"{name} {values[name]}" for name in SETTINGS if sources[name] == FILE]:
         print(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}", file=sys.stderr)
     threshold = values.pop("blank_threshold")
     hot_words = read_hot_words(arguments.hot_words, Vocabulary(characters)) if arguments.hot_words else ()
@@ -301,6 +305,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--manifest", type=Path, metavar="FILE", help="or a folder of shards (default: data.test of the config)"
     )
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
+    add_workers(parser)
     parser.add_argument("--nbest", type=int, metavar="N", help="also write nbest.jsonl, N hypotheses an utterance")
     parser.add_argument("--save-logprobs", action="store_true", help="keep the log-probabilities in the folder too")
     parser.add_argument(
@@ -345,37 +350,23 @@ def _eval(arguments: argparse.Namespace) -> int:
     decoder = make_decoder(choice, vocabulary)
     kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
     kind += "-lm" if choice.lm else ""
-    recognizer = None if saved else Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+    score: Callable[..., object]
+    if saved:
+        score = partial(score_log_probs, saved, arguments.logprobs, config)
+    else:
+        recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+        score = partial(score_run, recognizer, checkpoint=arguments.checkpoint, save_log_probs=arguments.save_logprobs)
     with open_pool(partial(make_decoder, choice, vocabulary), arguments.decode_workers) as pool:
         for manifest, name in zip(manifests, names, strict=True):
-            folder = arguments.run / "eval" / (arguments.name or f"{name}-{kind}")
-            page, nbest = not arguments.no_html, arguments.nbest is not None
-            if recognizer is None:
-                score_log_probs(
-                    saved,
-                    arguments.logprobs,
-                    config,
-                    decoder,
-                    manifest=manifest,
-                    folder=folder,
-                    run_dir=arguments.run,
-                    page=page,
-                    pool=pool,
-                    list_hypotheses=nbest,
-                )
-            else:
-                score_run(
-                    recognizer,
-                    manifest,
-                    decoder,
-                    folder=folder,
-                    checkpoint=arguments.checkpoint,
-                    run_dir=arguments.run,
-                    page=page,
-                    pool=pool,
-                    list_hypotheses=nbest,
-                    save_log_probs=arguments.save_logprobs,
-                )
+            score(
+                manifest=manifest,
+                decoder=decoder,
+                folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
+                run_dir=arguments.run,
+                page=not arguments.no_html,
+                pool=pool,
+                list_hypotheses=arguments.nbest is not None,
+            )
     return 0
 
 
@@ -455,6 +446,7 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
         "--logprobs", type=Path, metavar="EVAL_DIR", help="its log-probabilities, as --save-logprobs kept"
     )
     add_search(tune)
+    add_workers(tune)
     tune.set_defaults(call=_lm_tune, usage=tune.format_usage())
 
 

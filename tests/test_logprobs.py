@@ -4,7 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxds2.data.manifest import Utterance
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.evaluation.evaluate import EvaluationError, evaluate_log_probs
 from jaxds2.evaluation.logprobs import LogProbs, LogProbsError, check_same, read_log_probs, write_log_probs
+from jaxds2.text import Vocabulary
 
 
 @pytest.fixture
@@ -67,3 +71,16 @@ def test_of_another_alphabet_or_manifest_they_are_refused(saved, asked, message)
     check_same(saved, **same)
     with pytest.raises(LogProbsError, match="^eval/x: log-probabilities .*" + message):
         check_same(saved, **(same | asked))
+
+
+def test_nothing_is_scored_where_an_utterance_has_no_frames_or_none_a_reference(saved, tmp_path):
+    vocabulary = Vocabulary(saved.characters)
+    utterances = [Utterance(i, tmp_path / f"{i}.wav", 1.0, text) for i, text in zip(saved.ids, "ab ", strict=True)]
+    decode = GreedyDecoder(vocabulary)
+    assert len(evaluate_log_probs(saved.log_probs, utterances, vocabulary, decode, progress=False).hyps) == 3
+    empty = (*saved.log_probs[:2], saved.log_probs[2][:0])
+    with pytest.raises(EvaluationError, match="1 of 3 recordings cannot be scored: ü: too short for one frame"):
+        evaluate_log_probs(empty, utterances, vocabulary, decode, progress=False)
+    mute = [replace(u, text=" ") for u in utterances]
+    with pytest.raises(EvaluationError, match="none of 3 utterances has a reference text"):
+        evaluate_log_probs(saved.log_probs, mute, vocabulary, decode, progress=False)

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, LMError, vocabulary_path
 from jaxds2.files import replacing, write_whole
@@ -46,7 +47,7 @@ def build_binary(arpa: Path) -> Path:
     return binary
 
 
-def _run(program: str, arguments: Sequence[str], stdin=subprocess.DEVNULL) -> None:
+def _run(program: str, arguments: Sequence[str], stdin: IO[bytes] | int = subprocess.DEVNULL) -> None:
     path = shutil.which(program)
     if path is None:
         raise LMError(f"{program} is not on the PATH; it is one of KenLM's programs: https://github.com/kpu/kenlm")

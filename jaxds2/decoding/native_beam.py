@@ -54,7 +54,8 @@ class NativeBeamDecoder:
                     labels,
                     kenlm_model_path=lm.path,
                     unigrams=lm.words,
-                    **settings.weights,
+                    alpha=settings.alpha,
+                    beta=settings.beta,
                     unk_score_offset=UNKNOWN_OFFSET,
                 )
         else:

@@ -14,7 +14,8 @@ from jaxds2.decoding.hypothesis import DecoderError
 AHEAD = 32
 """Items for each process that may wait, so that none is idle while the device works on the next batch."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _work: Callable[[Any], Any]  # in a process of the pool
 

@@ -12,7 +12,7 @@ from jaxds2.decoding.settings import BeamSettings
 from jaxds2.files import write_whole
 
 FILE = "decoding.json"
-SETTINGS = ("alpha", "beta", "beam_width", "beam_prune_logp", "token_min_logp", "blank_threshold")
+SETTINGS: tuple[str, ...] = ("alpha", "beta", "beam_width", "beam_prune_logp", "token_min_logp", "blank_threshold")
 """What may be tuned."""
 
 BLANK_THRESHOLD: float | None = None

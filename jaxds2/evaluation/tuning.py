@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -133,16 +133,15 @@ def tune(
         open_pool(make, workers) as pool,
         tqdm(total=total, desc="tune", unit="setting", disable=None if progress else True, leave=False) as bar,
     ):
-        score_here = None if pool else make()
+        run: Callable[[Iterable[DecoderChoice]], Iterator[Point]] = pool.map if pool else partial(map, make())
         points: list[Point] = []
 
         def score(choices: Iterable[DecoderChoice]) -> Iterator[Point]:
-            for point in pool.map(choices) if pool else map(score_here, choices):
+            for point in run(choices):
                 points.append(point)
                 bar.update()
                 yield point
 
-        beam = choice.beam
         grid = list(score(_with(choice, alpha=a, beta=b) for a in ALPHAS for b in BETAS))
         best = min(grid, key=lambda p: p.cost)
         beam = best.choice.beam
