@@ -9,7 +9,9 @@ from jaxds2.config import Config, differences, read_config
 from jaxds2.data.manifest import read_manifest
 from jaxds2.data.spoken import prepare_demo
 from jaxds2.decoding.beam import BeamDecoder
-from jaxds2.decoding.lm import build_ngram
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.lm import build_ngram, open_model
+from jaxds2.decoding.settings import BeamSettings
 from jaxds2.evaluation.metrics import EditCounts
 from jaxds2.evaluation.report import score_run
 from jaxds2.inference.recognizer import Recognizer
@@ -50,8 +52,8 @@ def _evaluate(config: Config, run_dir: Path, test: Path, greedy: Path, beam: Pat
     sentences = [vocabulary.normalize(u.text) for path in config.data.train for u in read_manifest(path)]
     lm = build_ngram(sentences, run_dir / "lm.arpa")
     recognizer = Recognizer.load(run_dir)
-    score_run(recognizer, test, None, folder=greedy, checkpoint="best", run_dir=run_dir)
-    decoder = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
+    score_run(recognizer, test, GreedyDecoder(vocabulary), folder=greedy, checkpoint="best", run_dir=run_dir)
+    decoder = BeamDecoder(vocabulary, BeamSettings(alpha=ALPHA, beta=BETA), lm=open_model(lm, vocabulary))
     score_run(recognizer, test, decoder, folder=beam, checkpoint="best", run_dir=run_dir)
 
 

@@ -143,6 +143,58 @@ def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd)
     assert "gone.wav" in both.err
 
 
+def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_path, capfd):
+    dev, lm = str(tones / "dev.jsonl"), tmp_path / "lm.arpa"
+    assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
+    assert cli.evaluate(["--run", str(run), "--manifest", dev, "--name", "kept", "--save-logprobs"]) == 0
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoints", "eval"))
+    beam = ["--logprobs", str(run / "eval/kept"), "--decoder", "beam", "--lm", str(lm), "--alpha", "0.1"]
+    reports = []
+    for name, extra in (("here", []), ("pool", ["--decode-workers", "2", "--nbest", "1"])):
+        assert cli.evaluate(["--run", str(bare), *beam, "--name", name, *extra]) == 0
+        reports.append(json.loads((bare / "eval" / name / "report.json").read_text()))
+        assert (bare / "eval" / name / "nbest.jsonl").exists() == bool(extra)
+    assert cli.evaluate(["--run", str(run), "--manifest", dev, "--name", "model", *beam[2:]]) == 0
+    reports.append(json.loads((run / "eval/model/report.json").read_text()))
+    assert reports[0]["log_probs"] == str(run / "eval/kept")
+    assert [{k: v for k, v in r.items() if k not in ("rtfx", "log_probs")} for r in reports[1:]] == [
+        {k: v for k, v in reports[0].items() if k not in ("rtfx", "log_probs")}
+    ] * 2
+    for name in ("recogs.txt", "hyp.ctm"):
+        assert (bare / "eval/pool" / name).read_text() == (run / "eval/model" / name).read_text()
+    listed = [json.loads(line) for line in (bare / "eval/pool/nbest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in listed] == sorted(u.id for u in read_manifest(dev))
+    assert set(listed[0]["hypotheses"][0]) == {"text", "total", "acoustic", "lm", "words"}
+
+    config = json.loads((bare / "config.json").read_text())
+    config["data"]["characters"] = "abcd "
+    (bare / "config.json").write_text(json.dumps(config))
+    capfd.readouterr()
+    fails(capfd, ["--run", bare, *beam[:2]], 1, "over the alphabet 'abc ', the run's is 'abcd '", entry=cli.evaluate)
+    fails(capfd, ["--run", run, "--logprobs", tones], 1, "holds no log-probabilities", entry=cli.evaluate)
+
+
+def test_tuned_settings_are_found_used_and_said(run, tones, tmp_path, capfd):
+    copy, lm = tmp_path / "run", tmp_path / "lm.arpa"
+    shutil.copytree(run, copy)
+    assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
+    assert cli.main(["lm", "tune", "--run", str(copy), "--lm", str(lm)]) == 0
+    assert "best: alpha 0.25" in capfd.readouterr().out
+    assert (copy / "decoding-pyctcdecode.png").stat().st_size > 0
+    dev = ["--manifest", str(tones / "dev.jsonl"), "--name", "x"]
+    assert cli.evaluate(["--run", str(copy), *dev, "--decoder", "beam", "--lm", str(lm), "--beta", "1"]) == 0
+    assert "tuned settings of" in capfd.readouterr().err
+    settings = json.loads((copy / "eval/x/report.json").read_text())["decoder"]
+    assert (settings["alpha"], settings["beta"]) == (0.25, 1.0)
+    assert (settings["sources"]["alpha"], settings["sources"]["beta"]) == ("decoding.json", "command line")
+    tune = ["lm", "tune", "--run", copy, "--lm", lm, "--manifest"]
+    fails(capfd, [*tune, tones / "train.jsonl"], 1, "the run was trained on it")
+    shutil.copy(tones / "dev.jsonl", tmp_path / "test.jsonl")
+    fails(capfd, [*tune, tmp_path / "test.jsonl"], 1, "by its name a test set")
+    fails(capfd, ["lm", "tune", "--run", copy], 2, "--lm FILE")
+
+
 def test_what_a_score_leaves_behind(run, tones, tmp_path, capfd):
     arguments = ["--run", str(run), "--manifest", str(tones / "dev.jsonl"), "--name", "left"]
     assert cli.evaluate(arguments) == 0

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,8 @@ from jaxds2.config import (
     TrainingConfig,
 )
 from jaxds2.data.manifest import read_manifest, write_manifest
-from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.hypothesis import NOTHING
 from jaxds2.evaluation.evaluate import EvaluationError, evaluate
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.inference.transcribe import transcribe
@@ -198,9 +198,7 @@ def test_what_does_not_change_the_result_may_differ_on_resume(tones, whole):
 def test_tones_are_learnt_to_the_letter(tones, learnt):
     recognizer = Recognizer.load(learnt)
     dev = read_manifest(tones / "dev.jsonl")
-    scores = evaluate(
-        recognizer, dev, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary), progress=False
-    )
+    scores = evaluate(recognizer, dev, GreedyDecoder(recognizer.vocabulary), progress=False)
     assert scores.hyps == scores.refs
     assert scores.words.errors == 0
     assert scores.words.reference == sum(len(u.text.split()) for u in dev)
@@ -237,7 +235,7 @@ def test_transcribe_reads_any_file_and_reports_the_bad_one(tones, learnt, tmp_pa
     soundfile.write(tmp_path / "stereo.flac", stereo, 32_000)
     (tmp_path / "bad.wav").write_text("this is no audio")
     paths = [tmp_path / "stereo.flac", tmp_path / "bad.wav", tones / "dev-01.wav", tmp_path / "missing.wav"]
-    texts = transcribe(recognizer, paths, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary))
+    texts = transcribe(recognizer, paths, GreedyDecoder(recognizer.vocabulary))
     refs = [u.text for u in read_manifest(tones / "dev.jsonl")]
     assert [t.path for t in texts] == paths
     assert texts[0].text == refs[0]
@@ -251,13 +249,13 @@ def test_a_manifest_with_a_bad_file_is_not_scored_on_the_rest(tones, learnt, tmp
     dev[1] = dataclasses.replace(dev[1], audio_filepath=tmp_path / "gone.wav")
     recognizer = Recognizer.load(learnt)
     with pytest.raises(EvaluationError, match=r"1 of 6 .*gone\.wav"):
-        evaluate(recognizer, dev, lambda log_probs_UV: "", progress=False)
+        evaluate(recognizer, dev, lambda log_probs_UV: [NOTHING], progress=False)
 
 
 def test_the_dev_loss_leaves_out_by_name_what_cannot_fit(tones, learnt):
     dev = read_manifest(tones / "dev.jsonl")
     recognizer = Recognizer.load(learnt)
-    decode = partial(greedy_decode, vocabulary=recognizer.vocabulary)
+    decode = GreedyDecoder(recognizer.vocabulary)
     clean = evaluate(recognizer, dev[1:], decode, with_loss=True, progress=False)
     dev[0] = dataclasses.replace(dev[0], text="ab" * 500)
     scores = evaluate(recognizer, dev, decode, with_loss=True, progress=False)
@@ -394,9 +392,7 @@ def test_a_run_is_evaluated_on_whatever_devices_are_there(tones, learnt, tmp_pat
     settings["training"] |= {"devices": 64, "precision": "bfloat16"}
     (tmp_path / "run/config.json").write_text(json.dumps(settings))
     recognizer = Recognizer.load(tmp_path / "run")
-    texts = transcribe(
-        recognizer, [tones / "dev-00.wav"], lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
-    )
+    texts = transcribe(recognizer, [tones / "dev-00.wav"], GreedyDecoder(recognizer.vocabulary))
     assert texts[0].text == read_manifest(tones / "dev.jsonl")[0].text
 
 

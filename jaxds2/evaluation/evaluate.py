@@ -1,18 +1,20 @@
 """Score a recogniser on a manifest."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from jaxds2.data.manifest import Utterance
+from jaxds2.decoding.hypothesis import Decode, Hypothesis
+from jaxds2.decoding.pool import Pool
 from jaxds2.evaluation.metrics import EditCounts, count_character_edits, count_word_edits
 from jaxds2.inference.recognizer import Recognizer
+from jaxds2.text import Vocabulary
 
-Decode = Callable[[np.ndarray], str]
-"""log_probs_UV of one utterance to its text."""
+DecodePool = Pool[np.ndarray, list[Hypothesis]]
 
 
 class EvaluationError(ValueError):
@@ -30,6 +32,9 @@ class Scores:
     ids: list[str]
     refs: list[str]
     hyps: list[str]
+    """The best text of each."""
+    hypotheses: list[list[Hypothesis]]
+    """All that the decoder gave, best first."""
     words: EditCounts
     characters: EditCounts
     loss: float | None
@@ -38,8 +43,8 @@ class Scores:
     """Ids that the loss leaves out, since their label does not fit their frames."""
     audio_seconds: float
     wall_seconds: float
-    example: np.ndarray
-    """log_probs_UV of the first utterance, to look at."""
+    example: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """log_probs_UV of the first utterance, to look at; empty where they were there before."""
 
     @property
     def rtfx(self) -> float:
@@ -52,6 +57,7 @@ def evaluate(
     utterances: Sequence[Utterance],
     decode: Decode,
     *,
+    pool: DecodePool | None = None,
     with_loss: bool = False,
     warm_up: bool = True,
     progress: bool = True,
@@ -63,73 +69,139 @@ def evaluate(
     Args:
       recognizer: the model and its weights.
       utterances: references are normalised by the model's vocabulary.
-      decode: log-probabilities to text.
+      decode: log-probabilities to hypotheses.
+      pool: decodes in `decode`'s place, with processes that each have one like it.
       with_loss: also the CTC loss, which needs references that the vocabulary can spell.
       warm_up: compile every batch shape before the clock starts.
       progress: show a bar.
       should_stop: polled at each batch.
-      keep: called after each decode with the utterance's index and its log_probs_UV.
+      keep: called with each utterance's index and its log_probs_UV, before it is decoded.
 
     Raises:
       EvaluationError: no utterance has a reference, a recording could not be read, or is too short for one frame.
       Interrupted: should_stop() said so.
     """
-    refs = [recognizer.vocabulary.normalize(u.text) for u in utterances]
-    if not any(refs):
-        raise EvaluationError(
-            f"none of {len(utterances)} utterances has a reference text, so there is nothing to score against; "
-            f"`jaxds2 transcribe` reads audio that has none"
-        )
+    vocabulary = recognizer.vocabulary
+    refs = _references(utterances, vocabulary)
     plan = recognizer.plan(utterances)
     if warm_up:
         recognizer.warm_up(plan)
-    hyps: dict[int, str] = {}
+    order: list[int] = []
     failed: list[str] = []
     infeasible: list[str] = []
-    nats, labels = 0.0, 0
-    example = np.zeros((0, recognizer.vocabulary.size), np.float32)
-    start = time.perf_counter()
-    with tqdm(
-        total=len(utterances), desc="evaluate", unit="utt", disable=None if progress else True, leave=False
-    ) as bar:
+    nats: list[float] = []
+    labels: list[int] = []
+    examples: list[np.ndarray] = []
+
+    def emitted() -> Iterator[np.ndarray]:
         for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
             if should_stop():
                 raise Interrupted
-            failed += failures
+            failed.extend(failures)
             for row, index in enumerate(batch.index_B.tolist()):
                 if index < 0:
                     continue
                 log_probs_UV = np.asarray(output.log_probs_BUV[row, : output.logit_lengths_B[row]])
                 if not len(log_probs_UV):
-                    u = utterances[index]
-                    failed.append(f"{u.id}: too short for one frame ({u.audio_filepath}, {u.duration:.3f} s)")
+                    failed.append(_too_short(utterances[index]))
                     continue
-                hyps[index] = decode(log_probs_UV)
                 keep(index, log_probs_UV)
                 if with_loss and not output.feasible_B[row]:
                     infeasible.append(utterances[index].id)
                 elif with_loss:
-                    nats += float(output.loss_B[row])
-                    labels += len(recognizer.vocabulary.normalize(utterances[index].text))
+                    nats.append(float(output.loss_B[row]))
+                    labels.append(len(refs[index]))
                 if index == 0:
-                    example = log_probs_UV
-                bar.update()
+                    examples.append(log_probs_UV)
+                order.append(index)
+                yield log_probs_UV
+
+    start = time.perf_counter()
+    decoded = _decode_all(emitted(), decode, pool, len(utterances), progress)
     wall_seconds = time.perf_counter() - start
+    scores = _scores(utterances, refs, dict(zip(order, decoded, strict=True)), failed, wall_seconds)
+    loss = sum(nats) / max(sum(labels), 1) if with_loss else None
+    return replace(scores, loss=loss, infeasible=infeasible, example=examples[0])
+
+
+def evaluate_log_probs(
+    log_probs: Sequence[np.ndarray],
+    utterances: Sequence[Utterance],
+    vocabulary: Vocabulary,
+    decode: Decode,
+    *,
+    pool: DecodePool | None = None,
+    progress: bool = True,
+    keep: Callable[[int, np.ndarray], None] = lambda index, log_probs_UV: None,
+) -> Scores:
+    """As evaluate, of log-probabilities that are there already.
+
+    Args:
+      log_probs: log_probs_UV of each utterance.
+      utterances: references are normalised by the vocabulary.
+      vocabulary: of the log-probabilities.
+      decode, pool, progress, keep: as for evaluate.
+
+    Raises:
+      EvaluationError: no utterance has a reference, or one has no frames.
+    """
+    refs = _references(utterances, vocabulary)
+    failed = [_too_short(u) for u, frames in zip(utterances, log_probs, strict=True) if not len(frames)]
+    for index, log_probs_UV in enumerate(log_probs):
+        keep(index, log_probs_UV)
+    start = time.perf_counter()
+    decoded = _decode_all([] if failed else log_probs, decode, pool, len(utterances), progress)
+    wall_seconds = time.perf_counter() - start
+    return _scores(utterances, refs, dict(enumerate(decoded)), failed, wall_seconds)
+
+
+def _references(utterances: Sequence[Utterance], vocabulary: Vocabulary) -> list[str]:
+    refs = [vocabulary.normalize(u.text) for u in utterances]
+    if not any(refs):
+        raise EvaluationError(
+            f"none of {len(utterances)} utterances has a reference text, so there is nothing to score against; "
+            f"`jaxds2 transcribe` reads audio that has none"
+        )
+    return refs
+
+
+def _too_short(u: Utterance) -> str:
+    return f"{u.id}: too short for one frame ({u.audio_filepath}, {u.duration:.3f} s)"
+
+
+def _decode_all(
+    log_probs: Iterable[np.ndarray], decode: Decode, pool: DecodePool | None, total: int, progress: bool
+) -> list[list[Hypothesis]]:
+    results = pool.map(log_probs) if pool else map(decode, log_probs)
+    return list(
+        tqdm(results, total=total, desc="evaluate", unit="utt", disable=None if progress else True, leave=False)
+    )
+
+
+def _scores(
+    utterances: Sequence[Utterance],
+    refs: list[str],
+    found: Mapping[int, list[Hypothesis]],
+    failed: Sequence[str],
+    wall_seconds: float,
+) -> Scores:
+    """Scores without a loss, of all utterances or of none."""
     if failed:
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
-    if sorted(hyps) != list(range(len(utterances))):
-        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: a fault of the plan")
-    texts = [hyps[i] for i in range(len(utterances))]
+    if sorted(found) != list(range(len(utterances))):
+        raise EvaluationError(f"{len(found)} of {len(utterances)} utterances were decoded: a fault of the plan")
+    hypotheses = [found[i] for i in range(len(utterances))]
+    texts = [best.text for best, *_ in hypotheses]
     return Scores(
         ids=[u.id for u in utterances],
         refs=refs,
         hyps=texts,
+        hypotheses=hypotheses,
         words=count_word_edits(refs, texts),
         characters=count_character_edits(refs, texts),
-        loss=nats / max(labels, 1) if with_loss else None,
-        infeasible=infeasible,
+        loss=None,
+        infeasible=[],
         audio_seconds=sum(u.duration for u in utterances),
         wall_seconds=wall_seconds,
-        example=example,
     )

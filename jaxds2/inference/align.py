@@ -22,7 +22,7 @@ from jaxds2.ctc import forced_alignment, min_frames
 from jaxds2.data.manifest import Utterance, to_record
 from jaxds2.data.shards import read_utterances
 from jaxds2.decoding.alignment import Span, TextAlignment, Word, format_textgrid
-from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.sclite import format_ctm
 from jaxds2.files import replacing, write_whole
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
@@ -129,6 +129,7 @@ def align(
         else:
             spelt.append(dataclasses.replace(u, text=text))
     aligned: list[AlignedUtterance] = []
+    greedy = GreedyDecoder(vocabulary)
     with tqdm(total=len(spelt), desc="align", unit="utt", leave=False, disable=None if progress else True) as bar:
         for batch, output, failures in recognizer.run(spelt, recognizer.plan(spelt), with_labels=True) if spelt else ():
             failed |= dict(line.split(": ", 1) for line in failures)
@@ -142,7 +143,7 @@ def align(
                 if alignment.feasible_B[row]:
                     log_probs_UV = np.asarray(output.log_probs_BUV[row, :frames])
                     spans = TextAlignment.of(log_probs_UV, alignment.position_BU[row, :frames], u.text, vocabulary)
-                    aligned.append(AlignedUtterance(u, spans, greedy_decode(log_probs_UV, vocabulary)))
+                    aligned.append(AlignedUtterance(u, spans, greedy(log_probs_UV)[0].text))
                 else:
                     needs, where = min_frames(vocabulary.encode(u.text)), f"{u.audio_filepath}, {u.duration:.3f} s"
                     failed[u.id] = f"its text needs {needs} frames, its audio has {frames} ({where})"

@@ -21,7 +21,7 @@ from jaxds2.data.manifest import manifest_digest
 from jaxds2.data.pipeline import PipelineError, load_batches
 from jaxds2.data.placement import data_mesh, place, replicate
 from jaxds2.data.plan import BatchPlan
-from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.model import mosaic
@@ -187,7 +187,7 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
 
         def score_dev(step: int) -> float:
             recognizer = Recognizer(config, vocabulary, mesh, eval_step, state.eval_params, step)
-            decode = partial(greedy_decode, vocabulary=vocabulary)
+            decode = GreedyDecoder(vocabulary)
             scores = evaluate(
                 recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=stop
             )
