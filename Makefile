@@ -31,7 +31,7 @@ demo: setup ## prepare the spoken demo corpus, train on it, evaluate unseen voic
 	@$(VENV)/bin/python -m jaxds2 demo || { status=$$?; [ $$status != 75 ] || echo "stopped, everything is saved: make demo goes on"; exit $$status; }
 
 test: setup ## run the tests; some of them: make test TESTS=tests/test_scan.py
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff check .
