@@ -1,7 +1,9 @@
 """What was saved comes back to the bit, or is refused in one line."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -318,6 +320,27 @@ def test_older_checkpoints_go_only_when_the_new_one_is_verified(tmp_path: Path, 
             checkpoints.wait()
         assert [bits(checkpoints.restore(step, state)) == bits(state) for step in (10, 20)] == [True, True]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EROFS, "put that right"), (errno.ENOSPC, "make room"), (errno.EDQUOT, "make room")]
+)
+@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync"])
+def test_what_the_system_refuses_is_one_line_with_its_remedy(saved, tmp_path: Path, monkeypatch, number, remedy, call):
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(*((Path, "mkdir") if call == "mkdir" else (os, call)), refuse)
+            checkpoints.save(40, saved[1], meta={})
+            with pytest.raises(CheckpointError, match=rf"step 40 .*\({os.strerror(number)}\); .*; {remedy}, then"):
+                checkpoints.wait()
+        assert checkpoints.resolve("last") == 30
+        assert bits(checkpoints.restore(30, saved[1])) == bits(saved[1])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(saved, tmp_path: Path):
