@@ -136,6 +136,26 @@ def test_a_stop_while_it_compiles_loses_nothing(tones, whole, tmp_path, monkeypa
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
+def test_a_stop_while_it_saves_waits_for_the_save(tones, whole, tmp_path, monkeypatch):
+    """The signal comes when the folder of step 4 is written and has no name yet."""
+    rename = os.rename
+
+    def stop(source, target):
+        if Path(target).name == "4":
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(source, target)
+
+    settings = config(tones, steps=8, checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxds2.training.checkpoint.os.rename", stop)
+        assert train(settings, tmp_path / "run", progress=False) == STOPPED
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        checkpoints.verify(4)
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+    assert train(settings, tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
 def test_a_shape_that_was_not_compiled_ahead_gives_the_same_step(tones, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "shapes_ahead", lambda *_: [])
     assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
