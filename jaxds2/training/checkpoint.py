@@ -20,9 +20,12 @@ import math
 import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -47,6 +50,17 @@ _UNFINISHED = ".partial"
 # What orbax has to say to the user comes as CheckpointError; its log repeats it with a traceback.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _log = logging.getLogger("jaxds2")
+_excepthook = sys.excepthook
+
+
+def _excepthook_without_orbax(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """When one array cannot be written orbax closes its event loop; each other one would then print a traceback."""
+    closed = kind is RuntimeError and str(error) == "Event loop is closed"
+    if not closed or threading.current_thread() is threading.main_thread():
+        _excepthook(kind, error, trace)
+
+
+sys.excepthook = _excepthook_without_orbax
 
 
 class CheckpointError(ValueError):
