@@ -21,11 +21,9 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -50,17 +48,16 @@ _UNFINISHED = ".partial"
 # What orbax has to say to the user comes as CheckpointError; its log repeats it with a traceback.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _log = logging.getLogger("jaxds2")
-_excepthook = sys.excepthook
+_unraisablehook = sys.unraisablehook
 
 
-def _excepthook_without_orbax(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _unraisablehook_without_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
     """When one array cannot be written orbax closes its event loop; each other one would then print a traceback."""
-    closed = kind is RuntimeError and str(error) == "Event loop is closed"
-    if not closed or threading.current_thread() is threading.main_thread():
-        _excepthook(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehook(unraisable)
 
 
-sys.excepthook = _excepthook_without_orbax
+sys.unraisablehook = _unraisablehook_without_orbax
 
 
 class CheckpointError(ValueError):
