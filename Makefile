@@ -10,7 +10,7 @@ BENCH_AUDIO := .venv-bench-audio
 TORCHAUDIO ?= torch==2.9.1 torchaudio==2.9.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test stress lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: setup ## prepare the spoken demo corpus, train on it, evaluate unseen voic
 
 test: setup ## run the tests; some of them: make test TESTS=tests/test_scan.py
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
+
+stress: setup ## kill, damage and fill up training runs, which must all recover: minutes
+	$(VENV)/bin/python tests/stress.py
 
 lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff check .

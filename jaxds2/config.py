@@ -271,7 +271,11 @@ class TrainingConfig:
     log_every: int = 10
     """Steps between lines in metrics.jsonl and TensorBoard."""
     max_skipped: int = 20
-    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    """Steps in a row with a non-finite loss or gradient after which the run stops; 0: never. Each of them is skipped,
+    counted, and named in the run's skipped.jsonl."""
+    watchdog_seconds: float = 600.0
+    """When no step, batch of an evaluation or compilation has ended for so long, the run writes where each of its
+    threads waits to its stacks.txt, and goes on waiting; 0: never."""
     init_from: str | None = None
     """Run whose best weights to start from; the head is renewed where the alphabet differs."""
 
@@ -284,7 +288,9 @@ class TrainingConfig:
         _require(self.consistency >= 0, f"training.consistency={self.consistency}: must be 0 or more")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay={self.ema_decay}: must be in [0, 1)")
         _require(self.log_every >= 1, f"training.log_every={self.log_every}: must be at least 1")
-        _require(self.max_skipped >= 1, f"training.max_skipped={self.max_skipped}: must be at least 1")
+        for name in ("max_skipped", "watchdog_seconds"):
+            value = getattr(self, name)
+            _require(value >= 0, f"training.{name}={value}: must be 0 or more")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Compiled programs are kept where that is safe."""
+"""Compiled programs are kept where that is safe; memory that is too small is told with what would fit."""
 
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxds2.training.compilation import keep_compiled
+from jaxds2.config import Config, DataConfig, TrainingConfig
+from jaxds2.training.compilation import keep_compiled, out_of_memory
 
 
 @pytest.fixture
@@ -32,3 +34,31 @@ def test_a_folder_that_the_user_chose_stays(cache_dir):
     jax.config.update("jax_compilation_cache_dir", "mine")
     keep_compiled("gpu")
     assert cache_dir() == "mine"
+
+
+GIB = 2**30
+CONFIG = Config("tiny", data=DataConfig(batch_seconds=160, rows_multiple=8), training=TrainingConfig(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "says"),
+    [
+        (
+            8 * GIB,
+            4 * GIB,
+            "; a step needs 8192 MiB a device beside .*, 4096 MiB are free; .* with 72$",
+        ),
+        (8 * GIB, 16 * GIB, ", 16384 MiB are free; .* again with 120$"),  # it should fit and does not
+        (8 * GIB, None, " optimizer; .* again with 80$"),
+        (None, 6 * GIB, "; 6144 MiB are free; .* again with 80$"),
+        (None, None, "; data.batch_seconds is 160: start again with 80$"),
+    ],
+)
+def test_out_of_memory_names_the_batch_and_what_would_fit(needed, free, says):
+    message = str(out_of_memory(CONFIG, (16, 160_000), needed=needed, free=free))
+    assert re.search("^out of memory on batches of 16 x 10.00 s.*" + says, message)
+
+
+def test_a_batch_of_the_fewest_rows_is_not_made_smaller_by_fewer_seconds():
+    message = str(out_of_memory(CONFIG, (8, 160_000), needed=GIB, free=GIB))
+    assert message.endswith("; data.rows_multiple=8 allows no fewer rows: lower data.max_duration")

@@ -130,7 +130,8 @@ def test_an_override_that_is_none_is_refused(item: str, said: str):
         ("training.steps=None",),
         ("training.ema_decay=1",),
         ("training.log_every=0",),
-        ("training.max_skipped=0",),
+        ("training.max_skipped=-1",),
+        ("training.watchdog_seconds=-1",),
         ("training.devices=0",),
     ],
 )

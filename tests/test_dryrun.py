@@ -170,6 +170,17 @@ def test_parameters_are_counted_once_by_part(manifest_config: Config):
     assert found.memory["optimizer"] >= 2 * found.memory["parameters"]
 
 
+def test_the_memory_of_each_batch_shape_is_printed_and_the_largest_counts(manifest_config: Config):
+    found = dry_run(manifest_config)
+    assert found.memory["activations"] == max(found.activations)
+    for bucket, count in zip(found.buckets, found.activations, strict=True):
+        assert count == activation_bytes(manifest_config, bucket, itemsize=4, num_classes=29)
+        seconds = bucket.num_samples / found.sample_rate
+        assert re.search(
+            rf"{bucket.rows} +{seconds:.2f} +{bucket.num_labels} +{count / 2**20:,.0f} MiB", found.render()
+        )
+
+
 def test_two_views_cost_twice_the_operations_and_activations(manifest_config: Config):
     one, two = dry_run(manifest_config), dry_run(override(manifest_config, ["training.consistency=0.2"]))
     assert two.training_flops_per_step == 2 * one.training_flops_per_step

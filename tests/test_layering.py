@@ -31,7 +31,15 @@ FLOORS = (
         "evaluation.sclite",
     ),
     ("model.*", "data.*", "decoding.*", "evaluation.significance", "evaluation.breakdown"),
-    ("training.step", "training.checkpoint", "training.monitor", "evaluation.comparison", "evaluation.page"),
+    (
+        "training.step",
+        "training.checkpoint",
+        "training.lock",
+        "training.watchdog",
+        "training.monitor",
+        "evaluation.comparison",
+        "evaluation.page",
+    ),
     (
         "training.selection",
         "training.compilation",

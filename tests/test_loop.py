@@ -1,13 +1,22 @@
 """Training as a whole: it learns, it resumes to the bit, it refuses what it should, it names what it leaves out."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from damage import delete, flip_a_bit
 
 from jaxds2.audio import AudioError
 from jaxds2.config import (
@@ -21,15 +30,23 @@ from jaxds2.config import (
     TrainingConfig,
 )
 from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.data.plan import BatchPlan
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.decoding.hypothesis import NOTHING
 from jaxds2.evaluation.evaluate import EvaluationError, evaluate
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.inference.transcribe import transcribe
+from jaxds2.text import Vocabulary
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints, digest
+from jaxds2.training.compilation import OutOfMemoryError
+from jaxds2.training.lock import LockError
 from jaxds2.training.loop import FINISHED, STOPPED, TrainingError, train
 from jaxds2.training.monitor import Monitor
+from jaxds2.training.selection import read_training_data, training_plan
+from jaxds2.training.watchdog import Watchdog
+
+ROOT = Path(__file__).parents[1]
 
 
 def config(tones: Path, *, steps: int = 8, **training) -> Config:
@@ -122,6 +139,27 @@ def test_a_stop_while_it_compiles_loses_nothing(tones, whole, tmp_path, monkeypa
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
+def test_a_stop_while_it_saves_waits_for_the_save(tones, whole, tmp_path, monkeypatch):
+    """The signal comes when the folder of step 2 is written and has no name yet; the save of step 4 waits for it."""
+    rename = os.rename
+
+    def stop(source, target):
+        if Path(target).name == "2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(source, target)
+
+    settings = config(tones, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxds2.training.checkpoint.os.rename", stop)
+        assert train(settings, tmp_path / "run", progress=False) == STOPPED
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        checkpoints.verify(2)
+        assert checkpoints.last() in (2, 3, 4)
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+    assert train(settings, tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
 def test_a_shape_that_was_not_compiled_ahead_gives_the_same_step(tones, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "shapes_ahead", lambda *_: [])
     assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
@@ -166,6 +204,76 @@ def test_a_run_stopped_while_it_evaluates_makes_up_for_it(tones, whole, tmp_path
             assert checkpoints.best() == unstopped.best() == 8
             assert checkpoints.wer(8) == unstopped.wer(8)
         assert metrics(tmp_path / "run")[8]["dev/wer"] == metrics(whole)[8]["dev/wer"]
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tones, tmp_path, monkeypatch, caplog):
+    short = config(tones, checkpoint_every=3)  # at steps 3, 6 and 8, of which the last two stay
+    assert train(short, tmp_path / "run", progress=False) == FINISHED
+    whole = run_digest(tmp_path / "run")
+    damaged = flip_a_bit(np.random.default_rng(1), tmp_path / "run/checkpoints/8")
+    assert run_digest(tmp_path / "run")[1] == 6
+    assert "8: damaged" in caplog.text
+    with pytest.raises(CheckpointError, match=rf"8: damaged \({re.escape(damaged)} is not what was saved\)"):
+        Recognizer.load(tmp_path / "run", 8)
+    assert train(short, tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == whole
+    log = (tmp_path / "run/train.log").read_text()
+    assert f"8: damaged ({damaged} is not what was saved); there is also 6; it is set aside as 8.damaged" in log
+    assert "resumed at step 6" in log
+
+
+def test_weights_to_start_from_that_are_damaged_are_one_line(tones, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "trained")
+    damaged = delete(np.random.default_rng(0), tmp_path / "trained/checkpoints/8")
+    with pytest.raises(CheckpointError, match=rf"8: damaged \({re.escape(damaged)} is missing\); there is no other"):
+        train(config(tones, init_from=str(tmp_path / "trained")), tmp_path / "run", progress=False)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(tones, whole, tmp_path):
+    holder = (
+        "import sys, time; from pathlib import Path; from jaxds2.training.lock import RunLock\n"
+        "with RunLock(Path(sys.argv[1])) as lock: lock.take(); print('held', flush=True); time.sleep(600)"
+    )
+    shutil.copytree(whole, tmp_path / "run")
+    command = [sys.executable, "-c", holder, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "held\n"
+            with pytest.raises(LockError, match=rf"run: process {first.pid} on .* trains here; stop it first"):
+                train(config(tones), tmp_path / "run", progress=False)
+            assert run_digest(tmp_path / "run") == run_digest(whole)  # reading needs no lock
+        finally:
+            first.kill()
+    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED  # the kernel has given it back
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_step(tones, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(LockError, match=r"run/lock: cannot be written \(Read-only file system\)"):
+            train(config(tones), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_save_that_fails_ends_the_run_in_one_line_and_leaves_the_last_good_state(tones, whole, tmp_path, monkeypatch):
+    rename = os.rename
+
+    def refuse(source, target):
+        if Path(target).name == "4":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxds2.training.checkpoint.os.rename", refuse)
+        with pytest.raises(CheckpointError, match=r"step 4 .*\(Read-only file system\); .*intact; put that"):
+            train(config(tones, checkpoint_every=2), tmp_path / "run", progress=False)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+    assert train(config(tones, checkpoint_every=2), tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
@@ -373,6 +481,88 @@ def test_diverging_stops_by_name_after_so_many_skipped_steps(tones, tmp_path, mo
     with pytest.raises(TrainingError, match=r"3 steps in a row .*train-\d\d"):
         train(base, tmp_path / "run", progress=False)
     assert run_digest(tmp_path / "run")[1] >= 3  # what there was is saved
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped[:3]] == [1, 2, 3]
+    plan, ids = steps_of(base), [u.id for u in read_manifest(tones / "train.jsonl")]
+    for line in skipped:
+        assert line["loss"] is None
+        assert line["ids"] == [ids[i] for i in plan.step(line["step"] - 1).indices_B if i >= 0]
+
+    never = config(tones, max_skipped=0)
+    assert train(never, tmp_path / "never", progress=False) == FINISHED
+    lines = (tmp_path / "never/skipped.jsonl").read_text().splitlines()
+    assert len(lines) == metrics(tmp_path / "never")[8]["train/skipped"] == 8
+
+
+def steps_of(settings: Config) -> BatchPlan:
+    vocabulary = Vocabulary(settings.data.characters)
+    return training_plan(settings, read_training_data(settings, vocabulary)[0], vocabulary)
+
+
+def test_out_of_memory_is_one_line_that_names_the_batch_and_leaves_the_last_checkpoint(
+    tones, whole, tmp_path, monkeypatch
+):
+    """Injected: the compiled step says what XLA says."""
+    compile_ahead, calls, fails_at = loop.compile_ahead, itertools.count(), 3
+
+    class Exhausted:
+        def __init__(self, step):
+            self._step, self.memory_analysis = step, step.memory_analysis
+
+        def __call__(self, *args):
+            if next(calls) == fails_at:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4770354232 bytes.")
+            return self._step(*args)
+
+    def compile_exhausted(*args):
+        return {shape: Exhausted(step) for shape, step in compile_ahead(*args).items()}
+
+    settings = config(tones, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compile_ahead", compile_exhausted)
+        bucket = steps_of(settings).step(fails_at).bucket
+        names = rf"batches of {bucket.rows} x {bucket.num_samples / 16_000:.2f} s; a step needs \d+ MiB"
+        with pytest.raises(OutOfMemoryError, match=rf"{names} .*data.batch_seconds is 8: start again with 4$"):
+            train(settings, tmp_path / "run", progress=False)
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        assert checkpoints.last() == 2
+    assert train(settings, tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_the_memory_of_the_largest_batch_is_said_before_the_first_step(tones, whole):
+    lines = (whole / "train.log").read_text().splitlines()
+    (said,) = [line for line in lines if "compiled" in line]
+    assert re.search(r"a step needs up to \d+ MiB a device beside weights and optimizer, on batches of \d+ x \d", said)
+
+
+def test_a_run_that_does_not_move_says_where_it_waits_and_goes_on(tones, whole, tmp_path, monkeypatch):
+    """The third step waits until the line has come, as for a disk that does not answer."""
+    advance, message, said = Monitor.advance, Monitor.message, threading.Event()
+    enter, watchdogs = Watchdog.__enter__, []
+
+    def watch(self):
+        watchdogs.append(self)
+        return enter(self)
+
+    def slow(self, step, **values):
+        advance(self, step, **values)
+        if step == 3:
+            said.clear()  # a slow machine may have said it of the compilation
+            watchdogs[0].beat()
+            assert said.wait(60)
+
+    def listen(self, text):
+        message(self, text)
+        if "stacks.txt" in text:
+            said.set()
+
+    monkeypatch.setattr(Watchdog, "__enter__", watch)
+    monkeypatch.setattr(Monitor, "advance", slow)
+    monkeypatch.setattr(Monitor, "message", listen)
+    assert train(config(tones, watchdog_seconds=1.0), tmp_path / "run", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+    assert "in slow" in (tmp_path / "run/stacks.txt").read_text()
 
 
 def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, learnt, tmp_path):

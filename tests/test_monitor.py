@@ -86,6 +86,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, resume_step: int):
     assert config.tensor_proto.string_val[0] == (b"first start" if resume_step else b"second start")
 
 
+def test_a_skipped_step_that_is_taken_back_is_there_once(tmp_path: Path):
+    with monitor(tmp_path) as m:
+        m.skipped(10, ["a", "b"], loss=float("nan"), grad_norm=1.5)
+        m.skipped(11, ["c"], loss=2.0, grad_norm=float("inf"))
+    with monitor(tmp_path, resume_step=10) as m:
+        m.skipped(11, ["c"], loss=3.0, grad_norm=float("inf"))
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 10, "ids": ["a", "b"], "loss": None, "grad_norm": 1.5},
+        {"step": 11, "ids": ["c"], "loss": 3.0, "grad_norm": None},
+    ]
+
+
 def test_a_line_that_was_half_written_is_dropped(tmp_path: Path):
     with monitor(tmp_path) as m:
         m.scalars(10, {"loss": 1.0})

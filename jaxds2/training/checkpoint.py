@@ -1,10 +1,18 @@
-"""Checkpoints of a run: written by orbax in the background, read back to the bit or refused.
+"""Checkpoints of a run: each is there whole and verified, or not at all.
 
-A checkpoint holds three items: `state`, the arrays of the training state by their path (`params/head.kernel`,
-`opt_state/1/0/mu/head.kernel`); `leaves`, the shape, dtype and SHA-256 of each, since orbax by itself restores a
-flipped bit without a word; and `meta`, what one wants to know without loading any array.
+A checkpoint is a folder named by its step:
+
+    state/      the arrays of the training state by their path (`params/head.kernel`), as orbax writes them
+    MANIFEST    a line of JSON: format, step, dev WER, meta; shape, dtype and SHA-256 of each array (`leaves`); bytes
+                and SHA-256 of each file (`files`). Then a line with the SHA-256 of that line (`head -1 | sha256sum`).
+
+It is written under another name, read back and compared with what was to be saved; the manifest comes last, then the
+folder gets its name, and only then do older ones go. orbax by itself restores a flipped bit without a word.
+See docs/adr/0007.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -12,55 +20,68 @@ import math
 import os
 import re
 import shutil
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxds2.files import lacks_room, write_whole
+
+FORMAT = 2
+"""Of the checkpoints that are written. Format 1 had no manifest; it is still read, and its arrays checked."""
+
+KEPT = 2
+"""The newest checkpoints that stay, so that there is one to go back to; the best by dev WER stays too."""
 
 Leaves = dict[str, dict[str, Any]]
 """Path of an array in the state to its `shape`, `dtype` and `sha256`."""
 
+_MANIFEST = "MANIFEST"
+_UNFINISHED = ".partial"
+"""Ends the name of a folder that is being written or deleted."""
+
 # What orbax has to say to the user comes as CheckpointError; its log repeats it with a traceback.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_log = logging.getLogger("jaxds2")
+_unraisablehook = sys.unraisablehook
+
+
+def _unraisablehook_without_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
+    """When one array cannot be written orbax closes its event loop; each other one would then print a traceback."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehook(unraisable)
+
+
+sys.unraisablehook = _unraisablehook_without_orbax
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, found or trusted; its message names the folder and what to do."""
 
 
-class Checkpoints:
-    """The checkpoints of one run: the last, and the best by dev WER.
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was saved; its message names the file or the array."""
 
-    Saving is asynchronous. A checkpoint is there whole or not at all, whenever the process is killed. Close this, or
-    use it as a context manager, so that the last save is waited for. One process at a time may save; others may read.
+
+class Checkpoints:
+    """The checkpoints of one run: the two newest, and the best by dev WER.
+
+    Saving goes on in a thread. A checkpoint is there whole or not at all, whenever the process is killed. Close this,
+    or use it as a context manager, so that the last save is waited for. One process at a time may save (training.lock
+    sees to it); others may read.
     """
 
     def __init__(self, root: Path):
-        """Open a run's `checkpoints` folder, which is made when the first checkpoint is saved.
-
-        Raises:
-          CheckpointError: the folder cannot be read.
-        """
+        """A run's `checkpoints` folder, which is made when the first checkpoint is saved."""
         self.root = root.absolute()
         self._shown = root
-        self._saving: int | None = None
-        self._manager = self._open() if root.is_dir() else None
-
-    def _open(self) -> ocp.CheckpointManager:
-        def wer(metrics: dict[str, float]) -> float:
-            return metrics["wer"]
-
-        best = BestN(get_metric_fn=wer, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(1), best]), best_fn=wer, best_mode="min"
-        )
-        try:
-            return ocp.CheckpointManager(self.root, options=options)
-        except Exception as e:  # orbax names no exceptions of its own
-            raise CheckpointError(f"{self._shown}: cannot be opened ({_reason(e)})") from e
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,7 +97,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, *, meta: dict[str, Any], wer: float | None = None) -> None:
         """Start to save a checkpoint; return as soon as `state` may be donated.
 
-        Once it is written, every older checkpoint but the best one is deleted.
+        Once it is verified, every checkpoint goes that is neither among the two newest nor the best.
 
         Args:
           step: steps taken.
@@ -88,116 +109,217 @@ class Checkpoints:
           CheckpointError: this save could not start, or the one before failed (disk full); older ones are intact.
         """
         self.wait()
+        if step in self.steps():
+            raise CheckpointError(f"{self._shown}: step {step} could not be saved, it is there already")
         # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
         arrays = {path: np.array(leaf) for path, leaf in _flatten(state).items()}
-        leaves = {path: _describe(path, array) for path, array in arrays.items()}
-        if self._saving is None:
-            # Left by a run that was killed while it saved; only the first save knows that nobody is writing them.
-            for unfinished in self.root.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(unfinished)
-        if self._manager is None:
-            self._manager = self._open()
-        self._saving = step
+        manifest = {"format": FORMAT, "step": step, "wer": None, "meta": meta}
+        if wer is not None and math.isfinite(wer):
+            manifest["wer"] = wer
+        self._saving = step, self._writer.submit(self._write, step, arrays, manifest)
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
+        folder = self.root / f"{step}{_UNFINISHED}"
+        self._remove_unfinished()
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays), leaves=ocp.args.JsonSave(leaves), meta=ocp.args.JsonSave(meta)
-                ),
-                metrics={"wer": wer} if wer is not None and math.isfinite(wer) else None,
-                force=True,  # never skipped in silence
-            )
-        except Exception as e:
-            raise self._failed_save(e) from e
+            folder.mkdir(parents=True)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+                orbax.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
+            manifest["leaves"] = {path: _describe(path, array) for path, array in arrays.items()}
+            self._read_arrays(folder, manifest["leaves"], dict.fromkeys(arrays))
+            manifest["files"] = _files(folder)
+            with (folder / _MANIFEST).open("wb") as file:
+                file.write(_encode(manifest))
+                _sync(file.fileno())
+            os.rename(folder, self.root / str(step))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # makes room again
+            raise
+        _sync_folder(self.root)
+        self._delete_old()
+
+    def _remove_unfinished(self) -> None:
+        """What a run left that was killed while it saved or deleted; nobody else is writing here."""
+        for unfinished in (*self.root.glob(f"*{_UNFINISHED}"), *self.root.glob("*.orbax-checkpoint-tmp")):
+            shutil.rmtree(unfinished)
+
+    def _delete_old(self) -> None:
+        wers: dict[int, float | None] = {}
+        for step in self._on_disk():
+            with contextlib.suppress(DamagedError):  # it may be the best: it stays
+                wers[step] = self._manifest(step)["wer"]
+        for step in wers.keys() - {*self._on_disk()[-KEPT:], _lowest(wers)}:
+            unfinished = self.root / f"{step}{_UNFINISHED}"
+            os.rename(self.root / str(step), unfinished)  # else a kill would leave half a checkpoint under its name
+            shutil.rmtree(unfinished)
 
     def wait(self) -> None:
-        """Wait until the save under way is on disk.
+        """Wait until the save under way is on disk, verified.
 
         Raises:
           CheckpointError: it failed; older checkpoints are intact.
         """
-        if self._manager is None:
+        if self._saving is None:
             return
+        step, writing = self._saving
         try:
-            self._manager.wait_until_finished()
-        except Exception as e:
-            raise self._failed_save(e) from e
+            writing.result()
+        except Exception as e:  # orbax names no exceptions of its own
+            self._saving = None
+            remedy = "make room" if lacks_room(OSError(_errno(e), "")) else "put that right"
+            raise CheckpointError(
+                f"{self._shown}: step {step} could not be saved ({_reason(e)}); older checkpoints are intact; "
+                f"{remedy}, then resume with the same command"
+            ) from e
+        self._saving = None
 
-    def _failed_save(self, e: Exception) -> CheckpointError:
-        assert self._manager is not None
-        self._manager.reload()
-        return CheckpointError(
-            f"{self._shown}: step {self._saving} could not be saved ({_reason(e)}); older checkpoints are intact: "
-            f"check the free disk space, then resume with the same command"
-        )
+    def raise_failure(self) -> None:
+        """Raise CheckpointError as `wait` does if the save under way has failed, without waiting for it."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
 
     def close(self) -> None:
         """Wait for the save under way and release everything. Raises CheckpointError as `wait` does."""
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
-                self._manager = None
+            self._writer.shutdown()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending, the one being saved included."""
-        return [] if self._manager is None else sorted(self._manager.all_steps())
+        """Steps of the checkpoints, ascending, the one being saved included.
+
+        Raises:
+          CheckpointError: the folder cannot be read.
+        """
+        saving = () if self._saving is None else self._saving[:1]
+        return sorted({*self._on_disk(), *saving})
+
+    def _on_disk(self) -> list[int]:
+        try:
+            return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdecimal())
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise CheckpointError(f"{self._shown}: cannot be read ({_reason(e)})") from e
 
     def last(self) -> int | None:
         """The newest step; None: there is no checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the lowest dev WER, the newest of equals; None: no checkpoint has a WER."""
-        return None if self._manager is None else self._manager.best_step()
+        """The step of the lowest dev WER, the newest of equals; None: no checkpoint has a WER.
+
+        Raises:
+          DamagedError: of one that is damaged nobody knows the WER.
+        """
+        return _lowest({step: self.wer(step) for step in self.steps()})
 
     def wer(self, step: int) -> float | None:
-        """The dev WER that a checkpoint was given; None: it has none."""
-        metrics = None if self._manager is None else self._manager.metrics(step)
-        return metrics["wer"] if metrics else None
+        """The dev WER that a checkpoint was given; None: it has none. Raises CheckpointError as `read_meta` does."""
+        self.wait()
+        return self._manifest(step)["wer"]
 
     def rescore(self, step: int, wer: float) -> None:
         """Give a checkpoint without a WER its WER, so that it can be the best: for an evaluation that was interrupted.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: it is damaged. WriteError: it cannot be written.
         """
         self.wait()
-        assert self._manager is not None
-        # As orbax lays out the metrics of a save, which it offers no way to add later.
-        unfinished, metrics = self.root / str(step) / "metrics.partial", self.root / str(step) / "metrics"
-        try:
-            unfinished.mkdir(exist_ok=True)
-            (unfinished / "metrics").write_text(json.dumps({"wer": wer}), encoding="utf-8")
-            os.replace(unfinished, metrics)
-        except OSError as e:
-            raise CheckpointError(f"{self._shown / str(step)}: its WER could not be written ({_reason(e)})") from e
-        self._manager.reload()
+        manifest, folder = self._manifest(step), self.root / str(step)
+        manifest |= {"format": FORMAT, "files": manifest["files"] or _files(folder), "wer": wer}
+        write_whole(folder / _MANIFEST, _encode(manifest))
 
     def resolve(self, which: str | int) -> int:
-        """The step that `best`, `last` or a number means; `best` is the last where no checkpoint has a WER.
+        """The step that `best`, `last` or a number means.
+
+        `last` is the newest that is whole, with a warning for each that is not. `best` is `last` where no checkpoint
+        has a WER; it goes back to no other, nor does a number: that would be another model under the same name.
 
         Raises:
           CheckpointError: there is no such checkpoint.
         """
+        self.wait()
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self._shown}: no checkpoint yet; train this run first, or name another with --run")
-        if which == "last":
-            return steps[-1]
-        if which == "best":
-            best = self.best()
-            return steps[-1] if best is None else best
+        if which == "best" and (best := self.best()) is not None:
+            return best
+        if which in ("last", "best"):
+            return self._newest_whole()
         if not str(which).isdecimal():
             raise CheckpointError(f"checkpoint {which!r}: expected best, last or a step ({_listed(steps)})")
         if int(which) not in steps:
             raise CheckpointError(f"{self._shown}: no checkpoint of step {which}; there is {_listed(steps)}")
         return int(which)
 
+    def _newest_whole(self) -> int:
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except DamagedError as e:
+                _log.warning("warning: %s", e)
+            else:
+                return step
+        raise CheckpointError(f"{self._shown}: every checkpoint is damaged ({_listed(self.steps())})")
+
+    def set_aside_damaged(self) -> list[str]:
+        """Verify every checkpoint and rename those that are damaged, so that training goes on from one that is whole.
+
+        Returns:
+          A line for each that was renamed.
+
+        Raises:
+          CheckpointError: none is whole, or one was written by a newer version.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in self.steps():
+            try:
+                self.verify(step)
+            except DamagedError as e:
+                damaged[step] = e
+        if damaged and len(damaged) == len(self.steps()):
+            raise CheckpointError(f"{damaged[max(damaged)]}; none is whole: to start again, delete {self._shown}")
+        for step in damaged:
+            aside = self.root / f"{step}.damaged"
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self.root / str(step), aside)
+            except OSError as e:
+                raise CheckpointError(f"{damaged[step]}; it cannot be renamed ({_reason(e)})") from e
+        return [f"{error}; it is set aside as {step}.damaged" for step, error in damaged.items()]
+
+    def verify(self, step: int) -> None:
+        """Check every file of a checkpoint against its manifest.
+
+        Raises:
+          DamagedError: a file is missing, shorter or changed. CheckpointError: there is no such checkpoint, or it is of
+            a newer version.
+        """
+        self.wait()
+        manifest, folder = self._manifest(step), self.root / str(step)
+        if not manifest["files"]:
+            self._read_arrays(folder, manifest["leaves"], dict.fromkeys(manifest["leaves"]))
+        for name, saved in manifest["files"].items():
+            try:
+                there = _sum(folder / name)
+            except FileNotFoundError:
+                raise self._damaged(folder, f"{name} is missing") from None
+            except OSError as e:
+                raise self._damaged(folder, f"{name} cannot be read, {_reason(e)}") from e
+            if there["bytes"] != saved["bytes"]:
+                raise self._damaged(folder, f"{name} has {there['bytes']} bytes of {saved['bytes']}")
+            if there != saved:
+                raise self._damaged(folder, f"{name} is not what was saved")
+
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What was saved as `meta`. Raises CheckpointError: no such checkpoint, or a damaged one."""
-        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        """What was saved as `meta`.
+
+        Raises:
+          CheckpointError: no such checkpoint, a damaged one, or of a newer version.
+        """
+        self.wait()
+        return self._manifest(step)["meta"]
 
     def restore(self, step: int, template: Any) -> Any:
         """The state of a checkpoint, every bit checked.
@@ -208,10 +330,11 @@ class Checkpoints:
             structure and shardings (without one: the default device), whatever devices the checkpoint was written on.
 
         Raises:
-          CheckpointError: no such checkpoint, a damaged one, or one of another shape.
+          CheckpointError: no such checkpoint, a damaged one, of a newer version, or of another shape.
         """
+        self.verify(step)
         wanted = _flatten(template)
-        leaves: Leaves = self._read(step, leaves=ocp.args.JsonRestore())["leaves"]
+        leaves: Leaves = self._manifest(step)["leaves"]
         for path in sorted(wanted.keys() | leaves.keys()):
             here = _signature(wanted[path].dtype, wanted[path].shape) if path in wanted else "absent"
             there = _signature(leaves[path]["dtype"], leaves[path]["shape"]) if path in leaves else "absent"
@@ -220,7 +343,8 @@ class Checkpoints:
                     f"{self._shown / str(step)}: {path} is {there} in the checkpoint, {here} in this model; "
                     f"use the config that the run was trained with"
                 )
-        arrays = self._read_arrays(step, leaves, {path: _sharding(leaf) for path, leaf in wanted.items()})
+        shardings = {path: _sharding(leaf) for path, leaf in wanted.items()}
+        arrays = self._read_arrays(self.root / str(step), leaves, shardings)
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[path] for path in wanted])
 
     def restore_weights(self, step: int) -> tuple[Any, Any | None]:
@@ -229,11 +353,12 @@ class Checkpoints:
         The optimizer's state is not read, and no template is needed.
 
         Raises:
-          CheckpointError: no such checkpoint, or a damaged one.
+          CheckpointError: no such checkpoint, a damaged one, or of a newer version.
         """
-        leaves: Leaves = self._read(step, leaves=ocp.args.JsonRestore())["leaves"]
+        self.verify(step)
+        leaves: Leaves = self._manifest(step)["leaves"]
         weights = [path for path in leaves if path.startswith(("params/", "ema/"))]
-        tree = _nest(self._read_arrays(step, leaves, dict.fromkeys(weights)))
+        tree = _nest(self._read_arrays(self.root / str(step), leaves, dict.fromkeys(weights)))
         return tree["params"], tree.get("ema")
 
     def restore_params(self, step: int) -> Any:
@@ -242,9 +367,9 @@ class Checkpoints:
         return params if ema is None else ema
 
     def _read_arrays(
-        self, step: int, leaves: Leaves, shardings: dict[str, jax.sharding.Sharding | None]
+        self, folder: Path, leaves: Leaves, shardings: Mapping[str, jax.sharding.Sharding | None]
     ) -> dict[str, Any]:
-        """The arrays of the paths in `shardings`; on the host where that is None. Raises CheckpointError."""
+        """The arrays of the paths in `shardings`; on the host where that is None. Raises DamagedError."""
         restore_args = {
             path: ocp.RestoreArgs(restore_type=np.ndarray)
             if sharding is None
@@ -252,30 +377,56 @@ class Checkpoints:
             for path, sharding in shardings.items()
         }
         item = {path: jax.ShapeDtypeStruct(leaves[path]["shape"], leaves[path]["dtype"]) for path in shardings}
-        arrays = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
-        for path, array in arrays["state"].items():
-            if _describe(path, np.asarray(array)) != leaves[path]:
-                raise self._damaged(step, f"{path} is not what was saved")
-        return arrays["state"]
-
-    def _read(self, step: int, **items: Any) -> dict[str, Any]:
-        """Items of a checkpoint. Raises CheckpointError: no such checkpoint, or an item cannot be read."""
-        self.resolve(step)
-        self.wait()
-        assert self._manager is not None
-        for name in items:
-            if not (self.root / str(step) / name).is_dir():
-                raise self._damaged(step, f"{name} is missing")
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:
-            raise self._damaged(step, _reason(e)) from e
-        return {name: restored[name] for name in items}
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+                arrays: dict[str, Any] = orbax.restore(folder / "state", args=args)
+        except Exception as e:  # orbax names no exceptions of its own
+            raise self._damaged(folder, _reason(e)) from e
+        for path, array in arrays.items():
+            if _describe(path, np.asarray(array)) != leaves[path]:
+                raise self._damaged(folder, f"{path} is not what was saved")
+        return arrays
 
-    def _damaged(self, step: int, how: str) -> CheckpointError:
-        others = [s for s in self.steps() if s != step]
-        then = f"to go on from step {others[-1]}" if others else "to start again"
-        return CheckpointError(f"{self._shown / str(step)}: damaged ({how}); delete this folder {then}")
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint, itself checked; never waits. Raises CheckpointError."""
+        folder = self.root / str(step)
+        if step not in (there := self._on_disk()):
+            raise CheckpointError(f"{self._shown}: no checkpoint of step {step}; there is {_listed(there) or 'none'}")
+        try:
+            line, _, rest = (folder / _MANIFEST).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            if (folder / "leaves" / "metadata").is_file():
+                return self._manifest_of_format_1(folder)
+            raise self._damaged(folder, f"{_MANIFEST} is missing") from None
+        except OSError as e:
+            raise self._damaged(folder, f"{_MANIFEST} cannot be read, {_reason(e)}") from e
+        if rest != _seal(line):
+            raise self._damaged(folder, f"{_MANIFEST} is not what was saved")
+        manifest = json.loads(line)
+        if manifest["format"] > FORMAT:
+            raise CheckpointError(
+                f"{self._shown / str(step)}: of format {manifest['format']}, this jaxds2 reads up to {FORMAT}; use the "
+                f"jaxds2 that wrote it, or a newer one"
+            )
+        if manifest["step"] != step:
+            raise self._damaged(folder, f"{_MANIFEST} is that of step {manifest['step']}")
+        return manifest
+
+    def _manifest_of_format_1(self, folder: Path) -> dict[str, Any]:
+        """What orbax wrote, an item a folder, before there were manifests."""
+        try:
+            leaves, meta = (json.loads((folder / item / "metadata").read_bytes()) for item in ("leaves", "meta"))
+            metrics = folder / "metrics" / "metrics"
+            wer = json.loads(metrics.read_bytes())["wer"] if metrics.exists() else None
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise self._damaged(folder, _reason(e)) from e
+        return {"format": 1, "step": int(folder.name), "wer": wer, "meta": meta, "leaves": leaves, "files": {}}
+
+    def _damaged(self, folder: Path, how: str) -> DamagedError:
+        others = [step for step in self._on_disk() if str(step) != folder.name]
+        also = f"there is also {_listed(others)}" if others else "there is no other"
+        return DamagedError(f"{self._shown / folder.name}: damaged ({how}); {also}")
 
 
 def digest(params: Any, ema: Any | None) -> str:
@@ -296,6 +447,51 @@ def _describe(path: str, array: np.ndarray) -> dict[str, Any]:
     sha = hashlib.sha256()
     _feed(sha, path, array)
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha.hexdigest()}
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file below a folder but the manifest, all of them written through to the disk."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    return {p.relative_to(folder).as_posix(): _sum(p, sync=True) for p in found}
+
+
+def _sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            _sync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _encode(manifest: dict[str, Any]) -> bytes:
+    line = json.dumps(manifest).encode()
+    return line + b"\n" + _seal(line)
+
+
+def _seal(line: bytes) -> bytes:
+    return hashlib.sha256(line + b"\n").hexdigest().encode() + b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Through to the disk, where the file system can say so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _lowest(wers: dict[int, float | None]) -> int | None:
+    """The step of the lowest WER, the newest of equals; None: there is no WER."""
+    scored = [(wer, -step) for step, wer in wers.items() if wer is not None]
+    return -min(scored)[1] if scored else None
 
 
 def _signature(dtype: Any, shape: Any) -> str:
@@ -324,10 +520,18 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _errno(e: BaseException) -> int | None:
+    """The operating system's number of an error, also in tensorstore's long way to say "No space left on device"."""
+    if isinstance(e, OSError):
+        return e.errno
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    return int(code[1]) if code else None
+
+
 def _reason(e: BaseException) -> str:
     """What went wrong, in a few words."""
-    if code := re.search(r"os_error_code='(\d+)'", str(e)):  # tensorstore's long way to say "No space left on device"
-        return os.strerror(int(code[1]))
+    if code := _errno(e):
+        return os.strerror(code)
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 

@@ -1,4 +1,4 @@
-"""The gradient step compiled for each batch shape before the first step."""
+"""The gradient step compiled for each batch shape before the first step, and the memory that it takes."""
 
 import os
 import time
@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
-from jax.stages import Wrapped
+from jax.stages import Compiled, Wrapped
 
+from jaxds2.config import Config
 from jaxds2.data.pipeline import filler_batch
 from jaxds2.data.placement import place
 from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.model.deepspeech2 import Params
 from jaxds2.training.monitor import Monitor
-from jaxds2.training.step import GradientStep
 
 LOOK_AHEAD = 1000
 """Batch shapes that occur in this many coming steps are compiled before the first."""
+
+
+class OutOfMemoryError(ValueError):
+    """The device has too little memory for a batch; the message says which, and what would fit."""
 
 
 def keep_compiled(platform: str) -> None:
@@ -38,31 +43,91 @@ def shapes_ahead(plan: BatchPlan, first_step: int, stop_step: int) -> list[Bucke
 
 
 def compile_ahead(
+    config: Config,
     gradient_step: Wrapped,
     params: Params,
     mesh: Mesh,
     buckets: Sequence[Bucket],
     monitor: Monitor,
     should_stop: Callable[[], bool],
-) -> dict[tuple[int, ...], GradientStep]:
-    """The gradient step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop."""
+) -> dict[tuple[int, ...], Compiled]:
+    """The gradient step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop.
+
+    Raises:
+      OutOfMemoryError: there is too little memory to compile one.
+    """
     if not buckets:
         return {}
-    compiled: dict[tuple[int, ...], GradientStep] = {}
-    temporaries: list[int] = []
+    compiled: dict[tuple[int, ...], Compiled] = {}
+    needed: dict[tuple[int, ...], int] = {}
     start = time.perf_counter()
     for done, bucket in enumerate(buckets):
         if should_stop():
             break
         monitor.preparing("compiling batch shape", done, len(buckets))
-        executable = gradient_step.lower(params, place(filler_batch(bucket), mesh)).compile()
-        compiled[bucket.rows, bucket.num_samples] = executable
-        if (memory := executable.memory_analysis()) is not None:
-            temporaries.append(memory.temp_size_in_bytes)
+        shape = bucket.rows, bucket.num_samples
+        try:
+            compiled[shape] = gradient_step.lower(params, place(filler_batch(bucket), mesh)).compile()
+        except JaxRuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            raise out_of_memory(config, shape, needed=None, free=free_bytes(mesh)) from e
+        if (temporaries := temporary_bytes(compiled[shape])) is not None:
+            needed[shape] = temporaries
     monitor.preparing("", len(buckets), len(buckets))
-    needs = f"; a step needs up to {max(temporaries, default=0) / 2**20:.0f} MiB a device beside weights and optimizer"
-    monitor.message(
-        f"compiled {len(compiled)} of {len(buckets)} batch shapes in {time.perf_counter() - start:.0f} s"
-        f"{needs if temporaries else ''}"
-    )
+    message = f"compiled {len(compiled)} of {len(buckets)} batch shapes in {time.perf_counter() - start:.0f} s"
+    if needed:
+        most = max(needed, key=needed.__getitem__)
+        message += (
+            f"; a step needs up to {_mib(needed[most])} a device beside weights and optimizer, on "
+            f"{_describe(config, most)}"
+        )
+    monitor.message(message)
     return compiled
+
+
+def temporary_bytes(executable: Compiled | None) -> int | None:
+    """What a step needs on each device beside its inputs and outputs; None: the compiler did not say."""
+    memory = None if executable is None else executable.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes
+
+
+def free_bytes(mesh: Mesh) -> int | None:
+    """What is free on each device; None: it does not say, as on a CPU."""
+    statistics = mesh.devices.flat[0].memory_stats() or {}
+    return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA could not allocate something."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def out_of_memory(config: Config, shape: tuple[int, ...], *, needed: int | None, free: int | None) -> OutOfMemoryError:
+    """What to say when a step on a batch has run out of memory.
+
+    The temporaries are proportional to the seconds in a batch. A tenth of what is free is left for fragments.
+
+    Args:
+      config: the whole configuration.
+      shape: of the batch's audio_BS.
+      needed: see `temporary_bytes`.
+      free: see `free_bytes`.
+    """
+    known = "" if needed is None else f"; a step needs {_mib(needed)} a device beside weights and optimizer"
+    known += "" if free is None else f", {_mib(free)} are free" if known else f"; {_mib(free)} are free"
+    if shape[0] <= config.data.rows_multiple:
+        remedy = f"data.rows_multiple={config.data.rows_multiple} allows no fewer rows: lower data.max_duration"
+    else:
+        share = min(0.9 * free / needed, 0.75) if free is not None and needed else 0.5
+        fitting = config.data.batch_seconds * share
+        remedy = f"data.batch_seconds is {config.data.batch_seconds:g}: start again with {fitting:.3g}"
+    return OutOfMemoryError(f"out of memory on {_describe(config, shape)}{known}; {remedy}")
+
+
+def _describe(config: Config, shape: tuple[int, ...]) -> str:
+    return f"batches of {shape[0]} x {shape[1] / config.features.sample_rate:.2f} s"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"

@@ -62,8 +62,10 @@ class DryRun:
     """Forward, by kind of layer, for an hour of audio without padding."""
     views: int
     """How often a step reads each utterance: twice with `training.consistency`."""
+    activations: tuple[int, ...]
+    """Bytes of `memory` that a batch of each shape needs; an estimate."""
     memory: Mapping[str, int]
-    """Bytes by purpose, on one device that holds the whole batch; an estimate."""
+    """Bytes by purpose, on one device that holds the whole batch, the largest; an estimate."""
     dtype: str
     """Compute dtype that `memory` assumes."""
 
@@ -95,8 +97,11 @@ class DryRun:
             ),
         ]
         lines += [f"  left out        {count:,} {reason}" for reason, count in self.left_out.items()]
-        lines += ["", f"batch shapes      {'rows':>6}{'seconds':>10}{'labels':>8}"]
-        lines += [f"{'':18}{b.rows:>6}{b.num_samples / self.sample_rate:>10.2f}{b.num_labels:>8}" for b in self.buckets]
+        lines += ["", f"batch shapes      {'rows':>6}{'seconds':>10}{'labels':>8}{'activations':>14}"]
+        lines += [
+            f"{'':18}{b.rows:>6}{b.num_samples / self.sample_rate:>10.2f}{b.num_labels:>8}{_mib(count):>14}"
+            for b, count in zip(self.buckets, self.activations, strict=True)
+        ]
         lines += [
             f"padding           {100 * self.padding_share:.1f} %",
             f"steps             {self.steps_per_epoch:,} per epoch, {self.total_steps:,} in all",
@@ -145,6 +150,9 @@ def dry_run(config: Config) -> DryRun:
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
     dtype = np.dtype(compute_dtype(config))
     params = jax.eval_shape(lambda: create(config.features.n_mels, vocabulary.size, config.model, dtype=dtype)[1])
+    activations = tuple(
+        activation_bytes(config, b, itemsize=dtype.itemsize, num_classes=vocabulary.size) for b in plan.buckets
+    )
     return DryRun(
         name=config.name,
         parameters=_count_parameters(params),
@@ -167,7 +175,8 @@ def dry_run(config: Config) -> DryRun:
             batch=1,
         ),
         views=2 if config.training.consistency else 1,
-        memory=_memory(config, params, plan.buckets, total_steps, dtype.itemsize, vocabulary.size),
+        activations=activations,
+        memory=_memory(config, params, total_steps, max(activations)),
         dtype=dtype.name,
     )
 
@@ -300,9 +309,7 @@ def flops(model: ModelConfig, num_mels: int, num_classes: int, num_frames: int, 
     return {kind: batch * count for kind, count in counts.items()}
 
 
-def _memory(
-    config: Config, params: Params, buckets: tuple[Bucket, ...], total_steps: int, itemsize: int, num_classes: int
-) -> dict[str, int]:
+def _memory(config: Config, params: Params, total_steps: int, activations: int) -> dict[str, int]:
     """Bytes of a training step."""
 
     def size(tree: Any) -> int:
@@ -314,7 +321,7 @@ def _memory(
         "EMA": size(params) if config.training.ema_decay else 0,
         "optimizer": size(jax.eval_shape(optimizer.init, params)),
         "gradients": size(params),
-        "activations": max(activation_bytes(config, b, itemsize=itemsize, num_classes=num_classes) for b in buckets),
+        "activations": activations,
     }
 
 

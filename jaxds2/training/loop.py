@@ -28,12 +28,22 @@ from jaxds2.model import mosaic
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
-from jaxds2.training.compilation import compile_ahead, keep_compiled, shapes_ahead
+from jaxds2.training.compilation import (
+    compile_ahead,
+    free_bytes,
+    is_out_of_memory,
+    keep_compiled,
+    out_of_memory,
+    shapes_ahead,
+    temporary_bytes,
+)
+from jaxds2.training.lock import RunLock
 from jaxds2.training.monitor import Monitor
 from jaxds2.training.optimizer import make_optimizer
 from jaxds2.training.selection import read_dev_data, read_training_data, training_plan
 from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step, to_tree
 from jaxds2.training.step_report import StepReport, TrainingError
+from jaxds2.training.watchdog import Watchdog
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
@@ -49,6 +59,7 @@ MAY_CHANGE = {
     "training.log_every",
     "training.checkpoint_every",
     "training.max_skipped",
+    "training.watchdog_seconds",
 }
 """Fields in which a resumed run may differ from its start: none of them changes what is learnt."""
 
@@ -98,16 +109,19 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       0 when trained to the end, 75 when stopped by SIGINT or SIGTERM with everything saved.
 
     Raises:
-      ConfigError, ManifestError, ShardError, AudioError, TextError, CheckpointError: it cannot start, one line each.
+      ConfigError, ManifestError, ShardError, AudioError, TextError, LockError: it cannot start, one line each.
       TrainingError, PipelineError, EvaluationError: it cannot go on; the last good state is saved.
+      OutOfMemoryError: it cannot go on; the last checkpoint is intact.
+      CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
-    with StopSignal() as stop, Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return _train(config, run_dir, checkpoints, stop, progress)
+    with RunLock(run_dir) as lock, StopSignal() as stop, Checkpoints(run_dir / "checkpoints") as checkpoints:
+        return _train(config, run_dir, lock, checkpoints, stop, progress)
 
 
-def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSignal, progress: bool) -> int:
-    first_step = checkpoints.last() or 0
-    if config.training.init_from is not None and not first_step:
+def _train(
+    config: Config, run_dir: Path, lock: RunLock, checkpoints: Checkpoints, stop: StopSignal, progress: bool
+) -> int:
+    if config.training.init_from is not None and checkpoints.last() is None:
         init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
@@ -117,7 +131,10 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     plan = training_plan(config, utterances, vocabulary)
     digest = manifest_digest(utterances)
     total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
-    claim_run(config, run_dir, started=first_step > 0)
+    lock.take()
+    claim_run(config, run_dir, started=checkpoints.last() is not None)
+    set_aside = checkpoints.set_aside_damaged()
+    first_step = checkpoints.last() or 0
     resumed = checkpoints.read_meta(first_step) if first_step else {}
     if resumed.get("manifest_digest", digest) != digest:
         raise ConfigError(
@@ -155,7 +172,10 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
     if first_step:
         state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
 
-    with Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor:
+    with (
+        Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor,
+        Watchdog(config.training.watchdog_seconds, run_dir / "stacks.txt", monitor.message) as watchdog,
+    ):
         monitor.message(describe(config))
         for reason, ids in left_out.items():
             line = f"left out: {len(ids)} {reason}: "
@@ -176,6 +196,8 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
         if config.training.init_from is not None and not first_step:
             monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
+        for line in set_aside:
+            monitor.message(line)
         if first_step:
             monitor.message(f"resumed at step {first_step}")
 
@@ -185,18 +207,22 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
 
+        def should_stop() -> bool:
+            watchdog.beat()  # whoever asks has moved
+            return stop()
+
         def score_dev(step: int) -> float:
             recognizer = Recognizer(config, vocabulary, mesh, eval_step, state.eval_params, step)
             decode = GreedyDecoder(vocabulary)
             scores = evaluate(
-                recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=stop
+                recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=should_stop
             )
             report.evaluation(step, scores, vocabulary)
             return scores.words.rate
 
         report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
         report.infeasible, report.unreadable = resumed.get("infeasible", 0), resumed.get("unreadable", 0)
-        shapes = shapes_ahead(plan, first_step, total_steps)
+        shapes, compiled = shapes_ahead(plan, first_step, total_steps), {}
         eval_every = config.training.eval_every
         step = first_step
         try:
@@ -211,7 +237,7 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                 stop_step=total_steps,
                 workers=config.data.workers,
             ) as batches:
-                compiled = compile_ahead(gradient_step, state.params, mesh, shapes, monitor, stop)
+                compiled = compile_ahead(config, gradient_step, state.params, mesh, shapes, monitor, should_stop)
                 report.since, report.waited = time.perf_counter(), 0.0
                 for loaded in report.awaited(batches if not stop() else ()):
                     gradient = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
@@ -220,18 +246,24 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, stop: StopSi
                         state, metrics = update_step(state, grads, loss)
                     step += 1
                     report.hold(loaded, metrics)
+                    checkpoints.raise_failure()
 
                     evaluating = bool(dev) and is_due(step, eval_every, plan, total_steps)
                     every = config.training.checkpoint_every
                     if evaluating or is_due(step, every, plan, total_steps, epochs=not dev):
                         report.flush()  # the lines of a saved step are not written again on resume
                         save(step, score_dev(step) if evaluating else None)
-                    if stop():
+                    if should_stop():
                         break
             report.flush()
             finished = step >= total_steps
         except Interrupted:
             finished = False  # the evaluation is made up for on resume
+        except jax.errors.JaxRuntimeError as e:
+            if report.running is None or not is_out_of_memory(e):
+                raise
+            needed = temporary_bytes(compiled.get(report.running))
+            raise out_of_memory(config, report.running, needed=needed, free=free_bytes(mesh)) from e
         except (TrainingError, PipelineError, EvaluationError):
             with contextlib.suppress(TrainingError):
                 report.flush()

@@ -1,6 +1,7 @@
 """What a person sees of a training run: a bar and lines in the terminal, curves and pictures in TensorBoard.
 
-A run's folder gets `metrics.jsonl` (the scalars, one step a line), `train.log` (the lines) and `tensorboard/`.
+A run's folder gets `metrics.jsonl` (the scalars, one step a line), `skipped.jsonl` (the steps that were skipped),
+`train.log` (the lines) and `tensorboard/`.
 """
 
 import colorsys
@@ -12,9 +13,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, SupportsFloat
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsFloat
 
 import numpy as np
 from tqdm import tqdm
@@ -65,6 +66,7 @@ class Monitor:
         with self._writing():
             run_dir.mkdir(parents=True, exist_ok=True)
             _drop_steps_from(first_step, run_dir / "metrics.jsonl")
+            _drop_steps_from(first_step, run_dir / "skipped.jsonl")
             self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._log = (run_dir / "train.log").open("a", encoding="utf-8")
             # Without the suffix, a second start within one second would overwrite the file of the first.
@@ -167,13 +169,20 @@ class Monitor:
         they are written as null.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False)
         with self._writing():
-            self._metrics.write(line + "\n")
+            self._metrics.write(_line({"step": step, "time": round(time.time(), 3), **numbers}))
             self._metrics.flush()
         for name, value in numbers.items():
             self._board().add_scalar(name, value, step)
+
+    def skipped(self, step: int, ids: Sequence[str], *, loss: float, grad_norm: float) -> None:
+        """Append to `skipped.jsonl` a step that was not taken.
+
+        The line is {"step": its number, from 1, "ids": utterances of its batch, "loss": number, "grad_norm": number}; what
+        is not finite is null.
+        """
+        with self._writing(), (self._run_dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step, "ids": list(ids), "loss": loss, "grad_norm": grad_norm}))
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Show Markdown in TensorBoard."""
@@ -243,6 +252,12 @@ class _EventFile:
             # Else Python would try the last bytes once more when it exits, and complain.
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """A line of JSON, which knows neither NaN nor infinity: null."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _drop_steps_from(first_step: int, path: Path) -> None:

@@ -33,6 +33,8 @@ class StepReport:
         self.monitor = monitor
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.pending: tuple[LoadedBatch, StepMetrics] | None = None
+        self.running: tuple[int, ...] | None = None
+        """Shape of the audio_BS of the step that is being started; None: none is."""
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
@@ -49,6 +51,7 @@ class StepReport:
             self.waited += time.perf_counter() - begin
             if loaded is None:
                 return
+            self.running = loaded.batch.audio_BS.shape
             yield loaded
 
     def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
@@ -56,6 +59,7 @@ class StepReport:
         before, self.pending = self.pending, (loaded, metrics)
         if before is not None:
             self._report(*before)
+        self.running = None
 
     def flush(self) -> None:
         """Report the step that is held. Raises TrainingError, as `hold` does, after too many skipped steps in a row."""
@@ -85,9 +89,11 @@ class StepReport:
         if metrics.finite:
             self.losses.append(float(metrics.loss))
         else:
-            names = " ".join(self.ids[i] for i in index_B if i >= 0)
+            ids = [self.ids[i] for i in index_B if i >= 0]
+            names = " ".join(ids)
             self.monitor.message(f"step {done}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
-            if metrics.skipped_in_row >= self.config.training.max_skipped:
+            self.monitor.skipped(done, ids, loss=float(metrics.loss), grad_norm=float(metrics.grad_norm))
+            if 0 < self.config.training.max_skipped <= metrics.skipped_in_row:
                 raise TrainingError(
                     f"step {done}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
                     f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
