@@ -210,7 +210,7 @@ def _read_corpus(config: Config, vocabulary: Vocabulary) -> _Corpus:
 
 def _from_manifests(config: Config, vocabulary: Vocabulary) -> _Corpus:
     """The utterances that training would use."""
-    kept, left_out = read_training_data(config, vocabulary)
+    kept, left_out = read_training_data(config, vocabulary, look=False)
     return _Corpus(
         np.array([u.duration for u in kept]),
         np.array([len(vocabulary.encode(u.text)) for u in kept], np.int64),

@@ -178,8 +178,8 @@ class Monitor:
     def skipped(self, step: int, ids: Sequence[str], *, loss: float, grad_norm: float) -> None:
         """Append to `skipped.jsonl` a step that was not taken.
 
-        The line is {"step": its number, from 1, "ids": utterances of its batch, "loss": number, "grad_norm": number}; what
-        is not finite is null.
+        The line is {"step": from 1, "ids": utterances of its batch, "loss": number, "grad_norm": number}; what is not
+        finite is null.
         """
         with self._writing(), (self._run_dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line({"step": step, "ids": list(ids), "loss": loss, "grad_norm": grad_norm}))

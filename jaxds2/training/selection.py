@@ -17,8 +17,12 @@ LOOKED_AT = 10
 """Recordings of a training manifest of which one at least must open before training starts."""
 
 
-def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utterance], dict[str, list[str]]]:
+def read_training_data(
+    config: Config, vocabulary: Vocabulary, *, look: bool = True
+) -> tuple[list[Utterance], dict[str, list[str]]]:
     """The utterances to train on, normalised, and the ids of those left out by reason.
+
+    With `look` a few recordings of each manifest are looked for: of a corpus that was moved all would be left out.
 
     Raises:
       ManifestError, ShardError, TextError: a manifest cannot be used. AudioError: its recordings are not there.
@@ -29,7 +33,8 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
     utterances = []
     for path in config.data.train:
         found = read_utterances(path)
-        _look_for(found, path)
+        if look:
+            _look_for(found, path)
         utterances += found
     kept, left_out = select_utterances(
         [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
@@ -46,10 +51,7 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
 
 
 def _look_for(utterances: Sequence[Utterance], path: str) -> None:
-    """Open a few recordings: a corpus that was moved would otherwise be left out utterance by utterance.
-
-    Raises AudioError: none of them can be opened.
-    """
+    """Open recordings until one can be. Raises AudioError: none of a few spread over the manifest can."""
     fault: AudioError | None = None
     with Recordings() as recordings:
         for u in utterances[:: max(1, len(utterances) // LOOKED_AT)]:
