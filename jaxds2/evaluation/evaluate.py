@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from jaxds2.data.manifest import Utterance
 from jaxds2.evaluation.metrics import EditCounts, count_character_edits, count_word_edits
+from jaxds2.hosts import gather
 from jaxds2.inference.recognizer import Recognizer
 
 Decode = Callable[[np.ndarray], str]
@@ -39,7 +41,7 @@ class Scores:
     audio_seconds: float
     wall_seconds: float
     example: np.ndarray
-    """log_probs_UV of the first utterance, to look at."""
+    """log_probs_UV of the first of the utterances that this process decoded, to look at."""
 
     @property
     def rtfx(self) -> float:
@@ -59,6 +61,8 @@ def evaluate(
     keep: Callable[[int, np.ndarray], None] = lambda index, log_probs_UV: None,
 ) -> Scores:
     """Decode every utterance once and count its edits.
+
+    Of several processes each decodes its rows of every batch; all of them get the same scores.
 
     Args:
       recognizer: the model and its weights.
@@ -83,11 +87,10 @@ def evaluate(
     plan = recognizer.plan(utterances)
     if warm_up:
         recognizer.warm_up(plan)
-    hyps: dict[int, str] = {}
+    decoded: list[tuple[int, str, float | None]] = []
+    """Index, text, and nats, None where the label does not fit."""
     failed: list[str] = []
-    infeasible: list[str] = []
-    nats, labels = 0.0, 0
-    example = np.zeros((0, recognizer.vocabulary.size), np.float32)
+    first, example = len(utterances), np.zeros((0, recognizer.vocabulary.size), np.float32)
     start = time.perf_counter()
     with tqdm(
         total=len(utterances), desc="evaluate", unit="utt", disable=None if progress else True, leave=False
@@ -104,31 +107,33 @@ def evaluate(
                     u = utterances[index]
                     failed.append(f"{u.id}: too short for one frame ({u.audio_filepath}, {u.duration:.3f} s)")
                     continue
-                hyps[index] = decode(log_probs_UV)
+                nats = float(output.loss_B[row]) if output.feasible_B[row] else None
+                decoded.append((index, decode(log_probs_UV), nats))
                 keep(index, log_probs_UV)
-                if with_loss and not output.feasible_B[row]:
-                    infeasible.append(utterances[index].id)
-                elif with_loss:
-                    nats += float(output.loss_B[row])
-                    labels += len(recognizer.vocabulary.normalize(utterances[index].text))
-                if index == 0:
-                    example = log_probs_UV
-                bar.update()
+                if index < first:
+                    first, example = index, log_probs_UV
+                bar.update(jax.process_count())  # the others are as far
+    everyone = gather((decoded, failed))
+    decoded, failed = ([one for part in parts for one in part] for parts in zip(*everyone, strict=True))
     wall_seconds = time.perf_counter() - start
     if failed:
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         raise EvaluationError(f"{len(failed)} of {len(utterances)} recordings cannot be scored: {shown}")
-    if sorted(hyps) != list(range(len(utterances))):
-        raise EvaluationError(f"{len(hyps)} of {len(utterances)} utterances were decoded: a fault of the plan")
-    texts = [hyps[i] for i in range(len(utterances))]
+    decoded.sort(key=lambda of: of[0])
+    if [index for index, _, _ in decoded] != list(range(len(utterances))):
+        raise EvaluationError(
+            f"{len(decoded)} texts of {len(utterances)} utterances, one each was expected: a fault of the plan"
+        )
+    texts = [text for _, text, _ in decoded]
+    fitting = [(nats, len(ref)) for (_, _, nats), ref in zip(decoded, refs, strict=True) if nats is not None]
     return Scores(
         ids=[u.id for u in utterances],
         refs=refs,
         hyps=texts,
         words=count_word_edits(refs, texts),
         characters=count_character_edits(refs, texts),
-        loss=nats / max(labels, 1) if with_loss else None,
-        infeasible=infeasible,
+        loss=sum(nats for nats, _ in fitting) / max(sum(n for _, n in fitting), 1) if with_loss else None,
+        infeasible=[utterances[index].id for index, _, nats in decoded if nats is None] if with_loss else [],
         audio_seconds=sum(u.duration for u in utterances),
         wall_seconds=wall_seconds,
         example=example,

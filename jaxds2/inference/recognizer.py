@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxds2.config import Config, read_config
 from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.pipeline import Batch, filler_batch, load_batches
-from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.data.placement import data_mesh, own_rows, place, replicate, rows_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
 from jaxds2.model.deepspeech2 import Params, create, output_lengths
@@ -73,7 +73,7 @@ class Recognizer:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
         mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
-        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh))
+        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh), out_shardings=rows_of(mesh))
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
 
     def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:
@@ -91,12 +91,13 @@ class Recognizer:
     def warm_up(self, plan: BatchPlan) -> None:
         """Compile for every batch shape of a plan."""
         for bucket in plan.buckets:
-            jax.block_until_ready(self.eval_step(self.params, place(filler_batch(bucket), self.mesh)))
+            batch = filler_batch(bucket.share(jax.process_count()))
+            jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
 
     def run(
         self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
     ) -> Iterator[tuple[np.ndarray, EvalOutput, tuple[str, ...]]]:
-        """The model's output for each batch of the first epoch of a plan.
+        """The model's output for each batch of the first epoch of a plan; of several processes each has its rows.
 
         Args:
           utterances: what the plan was made of.
@@ -109,7 +110,15 @@ class Recognizer:
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)
         workers = self.config.data.workers if steps >= WORTH_WORKERS else 0
-        with load_batches(utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=workers) as batches:
+        with load_batches(
+            utterances,
+            plan,
+            vocabulary=vocabulary,
+            stop_step=steps,
+            workers=workers,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        ) as batches:
             for loaded in batches:
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield np.asarray(loaded.batch.index_B), jax.device_get(output), loaded.failures
+                yield np.asarray(loaded.batch.index_B), own_rows(output), loaded.failures

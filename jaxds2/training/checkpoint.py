@@ -12,12 +12,14 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 Leaves = dict[str, dict[str, Any]]
@@ -80,7 +82,7 @@ class Checkpoints:
 
         Args:
           step: steps taken.
-          state: a pytree of arrays, replicated if they are on several devices.
+          state: a pytree of arrays, on any devices. Of several processes all call this, and the first one writes.
           meta: anything that JSON can hold.
           wer: dev WER of this state; None, or not finite: it cannot become the best.
 
@@ -89,9 +91,9 @@ class Checkpoints:
         """
         self.wait()
         # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
-        arrays = {path: np.array(leaf) for path, leaf in _flatten(state).items()}
+        arrays = {path: _whole(leaf) for path, leaf in _flatten(state).items()}
         leaves = {path: _describe(path, array) for path, array in arrays.items()}
-        if self._saving is None:
+        if self._saving is None and jax.process_index() == 0:
             # Left by a run that was killed while it saved; only the first save knows that nobody is writing them.
             for unfinished in self.root.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished)
@@ -168,11 +170,13 @@ class Checkpoints:
         # As orbax lays out the metrics of a save, which it offers no way to add later.
         unfinished, metrics = self.root / str(step) / "metrics.partial", self.root / str(step) / "metrics"
         try:
-            unfinished.mkdir(exist_ok=True)
-            (unfinished / "metrics").write_text(json.dumps({"wer": wer}), encoding="utf-8")
-            os.replace(unfinished, metrics)
+            if jax.process_index() == 0:
+                unfinished.mkdir(exist_ok=True)
+                (unfinished / "metrics").write_text(json.dumps({"wer": wer}), encoding="utf-8")
+                os.replace(unfinished, metrics)
         except OSError as e:
             raise CheckpointError(f"{self._shown / str(step)}: its WER could not be written ({_reason(e)})") from e
+        multihost_utils.sync_global_devices("rescored")
         self._manager.reload()
 
     def resolve(self, which: str | int) -> int:
@@ -220,8 +224,9 @@ class Checkpoints:
                     f"{self._shown / str(step)}: {path} is {there} in the checkpoint, {here} in this model; "
                     f"use the config that the run was trained with"
                 )
-        arrays = self._read_arrays(step, leaves, {path: _sharding(leaf) for path, leaf in wanted.items()})
-        return jax.tree.unflatten(jax.tree.structure(template), [arrays[path] for path in wanted])
+        arrays = self._read_arrays(step, leaves, list(wanted))
+        placed = [_place(arrays.pop(path), _sharding(leaf)) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), placed)
 
     def restore_weights(self, step: int) -> tuple[Any, Any | None]:
         """The parameters and their moving average (None where there is none), as nested dictionaries of numpy arrays.
@@ -233,7 +238,7 @@ class Checkpoints:
         """
         leaves: Leaves = self._read(step, leaves=ocp.args.JsonRestore())["leaves"]
         weights = [path for path in leaves if path.startswith(("params/", "ema/"))]
-        tree = _nest(self._read_arrays(step, leaves, dict.fromkeys(weights)))
+        tree = _nest(self._read_arrays(step, leaves, weights))
         return tree["params"], tree.get("ema")
 
     def restore_params(self, step: int) -> Any:
@@ -241,20 +246,13 @@ class Checkpoints:
         params, ema = self.restore_weights(step)
         return params if ema is None else ema
 
-    def _read_arrays(
-        self, step: int, leaves: Leaves, shardings: dict[str, jax.sharding.Sharding | None]
-    ) -> dict[str, Any]:
-        """The arrays of the paths in `shardings`; on the host where that is None. Raises CheckpointError."""
-        restore_args = {
-            path: ocp.RestoreArgs(restore_type=np.ndarray)
-            if sharding is None
-            else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
-            for path, sharding in shardings.items()
-        }
-        item = {path: jax.ShapeDtypeStruct(leaves[path]["shape"], leaves[path]["dtype"]) for path in shardings}
+    def _read_arrays(self, step: int, leaves: Leaves, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """The arrays of these paths, on the host. Raises CheckpointError."""
+        restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths}
+        item = {path: jax.ShapeDtypeStruct(leaves[path]["shape"], leaves[path]["dtype"]) for path in paths}
         arrays = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
         for path, array in arrays["state"].items():
-            if _describe(path, np.asarray(array)) != leaves[path]:
+            if _describe(path, array) != leaves[path]:
                 raise self._damaged(step, f"{path} is not what was saved")
         return arrays["state"]
 
@@ -304,6 +302,17 @@ def _signature(dtype: Any, shape: Any) -> str:
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
     return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """A copy of an array on the host, put together where it is split over devices of several processes."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -45,13 +45,13 @@ def compile_ahead(
     monitor: Monitor,
     should_stop: Callable[[], bool],
 ) -> dict[tuple[int, ...], GradientStep]:
-    """The gradient step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop."""
+    """The gradient step compiled for each batch shape, by the shape of this process' audio_BS; fewer after a stop."""
     if not buckets:
         return {}
     compiled: dict[tuple[int, ...], GradientStep] = {}
     temporaries: list[int] = []
     start = time.perf_counter()
-    for done, bucket in enumerate(buckets):
+    for done, bucket in enumerate(bucket.share(jax.process_count()) for bucket in buckets):
         if should_stop():
             break
         monitor.preparing("compiling batch shape", done, len(buckets))

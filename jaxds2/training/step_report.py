@@ -1,7 +1,9 @@
 """What training says of its steps and scores: lines, curves and names."""
 
+import itertools
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jaxds2.evaluation.evaluate import Scores
 from jaxds2.text import Vocabulary
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule
-from jaxds2.training.step import StepMetrics
+from jaxds2.training.step import BatchLoss, StepMetrics
 
 
 class TrainingError(ValueError):
@@ -29,27 +31,33 @@ class StepReport:
         self.ids = ids
         self.monitor = monitor
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.pending: tuple[LoadedBatch, StepMetrics] | None = None
+        self.pending: tuple[Sequence[LoadedBatch], Sequence[BatchLoss], StepMetrics] | None = None
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
         self.since = time.perf_counter()
         self.waited = 0.0
 
-    def awaited(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-        """The batches, one by one; how long each was waited for counts in `train/data_wait_share`."""
+    def awaited(self, batches: Iterable[LoadedBatch]) -> Iterator[list[LoadedBatch]]:
+        """The batches of each step; how long they were waited for counts in `train/data_wait_share`."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
-            loaded = next(iterator, None)
+            group = list(itertools.islice(iterator, self.config.training.accumulate))
             self.waited += time.perf_counter() - begin
-            if loaded is None:
+            if not group:
                 return
-            yield loaded
+            yield group
 
-    def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
-        before, self.pending = self.pending, (loaded, metrics)
+    def hold(self, group: Sequence[LoadedBatch], losses: Sequence[BatchLoss], metrics: StepMetrics) -> None:
+        """Keep the metrics of a step that has been started, and report the step before, while this one runs.
+
+        Args:
+          group: the batches of the step.
+          losses: of each of them.
+          metrics: of the update.
+        """
+        before, self.pending = self.pending, (group, losses, metrics)
         if before is not None:
             self._report(*before)
 
@@ -59,22 +67,18 @@ class StepReport:
         if before is not None:
             self._report(*before)
 
-    def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
+    def _report(
+        self, group: Sequence[LoadedBatch], device_losses: Sequence[BatchLoss], device_metrics: StepMetrics
+    ) -> None:
         metrics: StepMetrics = jax.device_get(device_metrics)
-        step, index_B = loaded.step, np.asarray(loaded.batch.index_B)
-        self.samples += int(np.sum(loaded.batch.audio_lengths_B))
-        self.padded_samples += loaded.batch.audio_BS.size
-        for line in loaded.failures:
-            self.unreadable += 1
-            self.monitor.message(f"step {step}: left out, {line}")
-        if metrics.infeasible_B.any():
-            names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
-            self.infeasible += len(names)
-            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
+        losses: Sequence[BatchLoss] = jax.device_get(device_losses)
+        step = group[0].step // self.config.training.accumulate
+        for loaded, loss in zip(group, losses, strict=True):
+            self._report_rows(step, loaded, loss)
         if metrics.finite:
             self.losses.append(float(metrics.loss))
         else:
-            names = " ".join(self.ids[i] for i in index_B if i >= 0)
+            names = " ".join(self.ids[i] for loss in losses for i in loss.index_B if i >= 0)
             self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
             if metrics.skipped_in_row >= self.config.training.max_skipped:
                 raise TrainingError(
@@ -85,6 +89,24 @@ class StepReport:
         self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
             self._log(done, metrics)
+
+    def _report_rows(self, step: int, loaded: LoadedBatch, loss: BatchLoss) -> None:
+        """Count what one batch of a step held, and name what was left out of it."""
+        self.samples += int(loss.samples)
+        self.padded_samples += loss.index_B.size * loaded.batch.audio_BS.shape[1]
+        planned_B = self.plan.step(loaded.step).indices_B
+        lost = [self.ids[i] for i in planned_B[(planned_B >= 0) & (loss.index_B < 0)]]
+        self.unreadable += len(lost)
+        why = dict(line.split(": ", 1) for line in loaded.failures)
+        for name in lost:
+            self.monitor.message(f"step {step}: left out, {name}: {why.get(name, 'another process names the reason')}")
+        if jax.process_index() > 0:
+            for line in loaded.failures:
+                print(f"step {step}: left out, {line}", file=sys.stderr)
+        if loss.infeasible_B.any():
+            names = [self.ids[i] for i in loss.index_B[loss.infeasible_B]]
+            self.infeasible += len(names)
+            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
         now = time.perf_counter()
@@ -102,7 +124,7 @@ class StepReport:
                 "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
                 "train/audio_hours_per_hour": seconds / (now - self.since),
                 "train/data_wait_share": self.waited / (now - self.since),
-                "train/epoch": self.plan.locate(step)[0],
+                "train/epoch": self.plan.locate(step * self.config.training.accumulate)[0],
             },
         )
         self.losses.clear()
