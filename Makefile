@@ -19,7 +19,8 @@ setup: $(STAMP) ## make .venv and install the pinned packages (CPU)
 
 # The lock is installed with --no-deps: pyctcdecode pins numpy < 2 but runs on numpy 2.
 $(STAMP): requirements/cpu.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "jaxds2 needs Python 3.11, 3.12 or 3.13, this is " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 " + "setup")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "jaxds2 needs Python 3.11, 3.12 or 3.13, this is " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 setup")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV), half a minute to a few minutes"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
@@ -27,7 +28,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	@touch $(STAMP)
 
 demo: setup ## prepare the spoken demo corpus, train on it, evaluate unseen voices
-	$(VENV)/bin/python -m jaxds2 demo
+	@$(VENV)/bin/python -m jaxds2 demo || { status=$$?; [ $$status != 75 ] || echo "stopped, everything is saved: make demo goes on"; exit $$status; }
 
 test: setup ## run the tests; some of them: make test TESTS=tests/test_scan.py
 	$(VENV)/bin/python -m pytest $(TESTS)

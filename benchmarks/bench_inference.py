@@ -38,6 +38,7 @@ def ours(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
+    from jaxds2.compiler import compiler_options
     from jaxds2.model.deepspeech2 import create
 
     apply, params = create(MELS, CLASSES, plan.model(form), dtype=jnp.float32)
@@ -47,7 +48,7 @@ def ours(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     def log_probs(params, features_BTF):
         return jax.nn.log_softmax(apply(params, features_BTF, frames_B)[0])
 
-    compiled = jax.jit(log_probs).lower(params, features_BTF).compile()
+    compiled = jax.jit(log_probs, compiler_options=compiler_options("cpu")).lower(params, features_BTF).compile()
     return lambda: jax.block_until_ready(compiled(params, features_BTF))
 
 

@@ -62,8 +62,10 @@ def main() -> None:
     """Print the tables and write them all."""
     arguments = side_by_side.start("A training step, side by side.", threads=2)
     plan = SMALL if arguments.small else Plan()
-    results = [compare(plan, arguments), lengths(plan, arguments)]
-    side_by_side.save("step", arguments, results)
+    results = []
+    for measure in (compare, lengths):
+        results.append(measure(plan, arguments))
+        side_by_side.save("step", arguments, results)
 
 
 def batch_of(plan: Plan) -> tuple[Any, Any]:
@@ -91,6 +93,7 @@ def our_step(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     import jax.numpy as jnp
     import optax
 
+    from jaxds2.compiler import compiler_options
     from jaxds2.ctc import ctc_loss
     from jaxds2.model.deepspeech2 import create
 
@@ -110,7 +113,7 @@ def our_step(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
         return optax.apply_updates(params, updates), state, value
 
     state = [params, optimizer.init(params)]
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
+    compiled = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options("cpu")).lower(*state).compile()
 
     def call():
         state[0], state[1], value = compiled(*state)
@@ -178,6 +181,7 @@ def our_encoder(plan: Plan) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
+    from jaxds2.compiler import compiler_options
     from jaxds2.model.deepspeech2 import create
 
     apply, params = create(MELS, CLASSES, plan.model("fused"), dtype=jnp.float32)
@@ -187,7 +191,7 @@ def our_encoder(plan: Plan) -> Callable[[], Any]:
     def total(params):
         return jnp.sum(jnp.square(apply(params, features_BTF, frames_B)[0]))
 
-    gradient = jax.jit(jax.grad(total)).lower(params).compile()
+    gradient = jax.jit(jax.grad(total), compiler_options=compiler_options("cpu")).lower(params).compile()
     return lambda: jax.block_until_ready(gradient(params))
 
 

@@ -28,10 +28,10 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def start(description: str, *, threads: int = 1, manifest: bool = False) -> argparse.Namespace:
+def start(description: str, *, threads: int = 1, manifest: bool = False, **counts: int) -> argparse.Namespace:
     """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported.
 
-    With `manifest` there is an option for one, else None.
+    With `manifest` there is an option for one, else None; `counts` are further options, whole numbers with a default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=_at_least_one, default=10, help="rounds over all columns (default: 10)")
@@ -39,7 +39,9 @@ def start(description: str, *, threads: int = 1, manifest: bool = False) -> argp
     parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-DEVICE-NAME.json")
     if manifest:
-        parser.add_argument("--manifest", type=Path, metavar="FILE", help="recordings to read (default: noise)")
+        parser.add_argument("--manifest", type=Path, metavar="FILE", help="recordings to read (default: made up)")
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=_at_least_one, default=default, help=f"(default: {default})")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])

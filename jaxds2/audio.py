@@ -154,7 +154,9 @@ def _open(source: Path | EncodedAudio, max_duration: float) -> "soundfile.SoundF
     try:
         file = soundfile.SoundFile(source) if isinstance(source, Path) else _open_encoded(source)
     except (soundfile.SoundFileError, TypeError) as e:  # TypeError: a name that libsndfile takes for headerless data
-        raise AudioError(f"{source}: not an audio file that libsndfile reads ({_reason(e)})") from None
+        raise AudioError(
+            f"{source}: not an audio file that libsndfile reads ({_reason(e)}); convert it to FLAC or WAV"
+        ) from None
     try:
         _check_header(source, file, max_duration)
     except AudioError:
@@ -200,9 +202,9 @@ def _open_encoded(source: EncodedAudio) -> "soundfile.SoundFile":
 def _check_bytes(source: Path | EncodedAudio) -> None:
     if isinstance(source, Path):
         if not source.exists():
-            raise AudioError(f"{source}: no such file")
+            raise AudioError(f"{source}: no such file; correct its path")
         if not source.is_file():
-            raise AudioError(f"{source}: not a file")
+            raise AudioError(f"{source}: not a file; name a recording")
     try:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.content) as f:
             head = f.read(4)
@@ -210,7 +212,7 @@ def _check_bytes(source: Path | EncodedAudio) -> None:
     except OSError as e:
         raise AudioError(f"{source}: cannot be read ({e.strerror})") from None
     if not head:
-        raise EmptyAudioError(f"{source}: the file is empty (0 bytes)")
+        raise EmptyAudioError(f"{source}: the file is empty (0 bytes); fetch or record it again")
     if not whole:
         raise AudioError(f"{source}: truncated: the last page of the Ogg stream is cut off; fetch the file again")
 
@@ -230,10 +232,12 @@ def _last_ogg_page_is_whole(f: BinaryIO) -> bool:
 def _check_header(source: Path | EncodedAudio, file: "soundfile.SoundFile", max_duration: float) -> None:
     rate, channels, frames = file.samplerate, file.channels, file.frames
     if frames <= 0:
-        raise EmptyAudioError(f"{source}: holds no samples")
+        raise EmptyAudioError(f"{source}: holds no samples; fetch or record it again")
     if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
         low, high = SAMPLE_RATES
-        raise AudioError(f"{source}: the header says {rate} Hz, expected {low} to {high}: damaged?")
+        raise AudioError(
+            f"{source}: the header says {rate} Hz, expected {low} to {high}: damaged? Fetch it again, or resample it"
+        )
     if frames >= 2**62:  # libsndfile's SF_COUNT_MAX
         raise AudioError(f"{source}: the header does not say how long it is; convert it to a file that does")
     if frames / rate > max_duration or frames * channels > MAX_DECODED_SAMPLES:
@@ -267,12 +271,14 @@ def _decode_mono(source: Path | EncodedAudio, file: "soundfile.SoundFile") -> np
             decoded += len(block_S)
     except soundfile.SoundFileError as e:
         where = f"after {decoded} of {announced} samples"
-        raise AudioError(f"{source}: damaged or truncated {where} ({_reason(e)})") from None
+        raise AudioError(f"{source}: damaged or truncated {where} ({_reason(e)}); fetch it again") from None
     tolerance = int(LOSSY_TOLERANCE * file.samplerate) if file.format in ("MP3", "MPEG") else 0
     if decoded == 0:
-        raise EmptyAudioError(f"{source}: holds no samples")
+        raise EmptyAudioError(f"{source}: holds no samples; fetch or record it again")
     if decoded < announced - tolerance:
-        raise AudioError(f"{source}: truncated: the header announces {announced} samples, {decoded} could be decoded")
+        raise AudioError(
+            f"{source}: truncated: the header announces {announced} samples, {decoded} could be decoded; fetch it again"
+        )
     return mono_S[:decoded]
 
 
@@ -281,7 +287,10 @@ def _check_amplitude(source: Path | EncodedAudio, block_SC: np.ndarray, first_sa
         return
     sample, channel = np.argwhere(~(np.abs(block_SC) <= MAX_AMPLITUDE))[0]
     value = block_SC[sample, channel]
-    raise NonFiniteAudioError(f"{source}: sample {first_sample + sample} is {value}, expected a number from -1 to 1")
+    raise NonFiniteAudioError(
+        f"{source}: sample {first_sample + sample} is {value}, expected a number from -1 to 1; "
+        f"export it again, as 16-bit PCM"
+    )
 
 
 def _resample(x_S: np.ndarray, rate_in: float, rate_out: float, num_out: int) -> np.ndarray:

@@ -45,7 +45,7 @@ def utterance_keys(seed: int, epoch: int | jax.Array, index_B: jax.Array) -> jax
     Args:
       seed: the run's seed.
       epoch: scalar.
-      index_B: (B,) int32, places in the manifest; filler rows may hold anything, such as -1.
+      index_B: (B,) int32, places in the list of utterances to train on; filler rows may hold anything.
 
     Returns:
       (B,) typed keys; always threefry, whose draws are the same under vmap and whatever the sharding.

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from jaxds2.config import ConfigError, load_config, read_config
 
 if TYPE_CHECKING:
-    from jaxds2.decoding.beam import BeamDecoder
+    from jaxds2.decoding.decoder import DecoderChoice
 
 FAILURE, WRONG_USE = 1, 2
 
 MAX_SHARD_MB = 100_000
 
 CORPORA = ("demo", "an4", "librispeech", "mini-librispeech", "common-voice", "ljspeech")
+LANGUAGE_MODELS = ("librispeech-3gram-pruned", "librispeech-3gram", "librispeech-4gram")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train(commands.add_parser("train", help="train a model (also: python train.py)"))
     add_eval(commands.add_parser("eval", help="word error rate of a run (also: python eval.py)"))
     add_lm(commands.add_parser("lm", help="n-gram language models"))
+    add_align(commands.add_parser("align", help="where each word of known texts is spoken"))
     add_transcribe(commands.add_parser("transcribe", help="text of audio files"))
     add_digest(commands.add_parser("digest", help="checksum of a run's newest parameters"))
     add_demo(commands.add_parser("demo", help="prepare, train and evaluate the spoken demo corpus"))
@@ -93,7 +95,12 @@ def _must_exist(*paths: Path | None) -> None:
     """A path on the command line that leads nowhere is wrong use."""
     for path in paths:
         if path is not None and not path.exists():
-            raise ConfigError(f"{path} does not exist")
+            raise ConfigError(f"{path} does not exist; correct the path")
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: must be 1 or more")
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +125,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if corpus == "demo":
         if arguments.source or arguments.download:
             raise ConfigError("`prepare demo` speaks its own corpus; leave out --source and --download")
+        if arguments.seed < 0:
+            raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
+        _check_workers(arguments.workers)
         from jaxds2.data.spoken import prepare_demo
 
         prepare_demo(out, seed=arguments.seed, workers=arguments.workers)
@@ -155,8 +165,7 @@ def _shard(arguments: argparse.Namespace) -> int:
     _must_exist(arguments.manifest)
     if not 1e-6 <= arguments.shard_size <= MAX_SHARD_MB:
         raise ConfigError(f"--shard-size {arguments.shard_size:g}: expected megabytes, up to {MAX_SHARD_MB}")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise ConfigError(f"--workers {arguments.workers}: must be 1 or more")
+    _check_workers(arguments.workers)
     shard_bytes = round(arguments.shard_size * 1e6)
     write_shards(arguments.manifest, arguments.out, shard_bytes=shard_bytes, workers=arguments.workers)
     return 0
@@ -237,15 +246,46 @@ def _train(arguments: argparse.Namespace) -> int:
     return train_run(config, arguments.run or Path("runs") / config.name)
 
 
-def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -> None:
-    """Options that choose a decoder."""
-    parser.add_argument("--run", type=Path, required=run_required, metavar="DIR", help="folder of the run")
+def add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Options that choose a model."""
+    parser.add_argument("--run", type=Path, required=required, metavar="DIR", help="folder of the run")
     parser.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+
+
+def add_decoder(parser: argparse.ArgumentParser, *, run_required: bool = True) -> None:
+    """Options that choose a model and a decoder."""
+    add_run(parser, required=run_required)
     parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
-    parser.add_argument("--lm", type=Path, metavar="FILE", help="beam: n-gram model, ARPA or KenLM binary")
-    parser.add_argument("--alpha", type=float, default=0.5, help="beam: weight of the language model (default: 0.5)")
-    parser.add_argument("--beta", type=float, default=1.0, help="beam: bonus per word (default: 1.0)")
-    parser.add_argument("--beam-width", type=int, default=100, help="beam: hypotheses kept (default: 100)")
+    beam = parser.add_argument_group("beam search", "defaults where neither these options nor RUN/decoding.json say")
+    add_search(beam)
+    beam.add_argument("--alpha", type=float, help="weight of the language model (default: 0.5)")
+    beam.add_argument("--beta", type=float, help="bonus per word (default: 1.0)")
+    beam.add_argument("--beam-width", type=int, help="hypotheses kept (default: 100)")
+    beam.add_argument("--beam-prune-logp", type=float, metavar="NATS", help="below the best: dropped (default: -10)")
+    beam.add_argument("--token-min-logp", type=float, metavar="NATS", help="below this: not tried (default: -5)")
+    beam.add_argument("--hot-words", metavar="FILE|WORD:WEIGHT,...", help="words with a bonus in nats")
+    beam.add_argument("--lexicon", type=Path, metavar="FILE", help="flashlight: words to choose from, one a line")
+
+
+def add_search(parser: argparse._ActionsContainer) -> None:
+    """Options of a beam search that tuning shares."""
+    parser.add_argument("--lm", type=Path, metavar="FILE", help="n-gram model, ARPA or KenLM binary")
+    parser.add_argument(
+        "--backend", choices=("pyctcdecode", "flashlight", "ctc-beam-decoder"), help="default: pyctcdecode"
+    )
+    parser.add_argument(
+        "--blank-threshold",
+        type=float,
+        metavar="P",
+        help="of a run of frames with more blank than this one is searched",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Of a command that decodes a whole set."""
+    parser.add_argument(
+        "--decode-workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this one)"
+    )
 
 
 def _checkpoint(text: str) -> str | int:
@@ -256,22 +296,34 @@ def _checkpoint(text: str) -> str | int:
     return int(text)
 
 
-def _beam(arguments: argparse.Namespace, characters: str) -> "BeamDecoder | None":
-    """The beam decoder that the options describe; None for greedy."""
-    if arguments.decoder == "greedy":
-        if arguments.lm is not None:
-            raise ConfigError("--lm is for --decoder beam")
-        return None
-    from jaxds2.decoding.beam import BeamDecoder
+def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderChoice":
+    """The decoder that the options and the run's tuned settings describe."""
+    from jaxds2.decoding.decoder import DecoderChoice, read_hot_words
+    from jaxds2.decoding.settings import BeamSettings
+    from jaxds2.decoding.tuned import FILE, SETTINGS, settle
     from jaxds2.text import Vocabulary
 
-    _must_exist(arguments.lm)
-    return BeamDecoder(
-        Vocabulary(characters),
+    explicit = {name: getattr(arguments, name, None) for name in SETTINGS}
+    if arguments.decoder == "greedy":
+        names = (*SETTINGS, "lm", "backend", "lexicon", "hot_words")
+        if given := [name for name in names if getattr(arguments, name) is not None]:
+            raise ConfigError(f"--{given[0].replace('_', '-')} is for --decoder beam")
+        return DecoderChoice()
+    _must_exist(arguments.lm, arguments.lexicon)
+    backend = arguments.backend or "pyctcdecode"
+    values, sources = settle(explicit, arguments.run, backend, arguments.lm)
+    if tuned := [f"{name} {values[name]}" for name in SETTINGS if sources[name] == FILE]:
+        print(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}", file=sys.stderr)
+    threshold = values.pop("blank_threshold")
+    hot_words = read_hot_words(arguments.hot_words, Vocabulary(characters)) if arguments.hot_words else ()
+    return DecoderChoice(
+        "beam",
+        backend,
         lm=arguments.lm,
-        alpha=arguments.alpha,
-        beta=arguments.beta,
-        beam_width=arguments.beam_width,
+        lexicon=arguments.lexicon,
+        blank_threshold=threshold,
+        beam=BeamSettings(**values, hot_words=hot_words, nbest=getattr(arguments, "nbest", None) or 1),
+        sources=sources | {"backend": "command line" if arguments.backend else "default"},
     )
 
 
@@ -282,6 +334,12 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--manifest", type=Path, metavar="FILE", help="or a folder of shards (default: data.test of the config)"
     )
     parser.add_argument("--name", help="folder under DIR/eval (default: manifest folder, its name, decoder)")
+    add_workers(parser)
+    parser.add_argument("--nbest", type=int, metavar="N", help="also write nbest.jsonl, N hypotheses an utterance")
+    parser.add_argument("--save-logprobs", action="store_true", help="keep the log-probabilities in the folder too")
+    parser.add_argument(
+        "--logprobs", type=Path, metavar="EVAL_DIR", help="decode those that --save-logprobs kept, without the model"
+    )
     parser.add_argument("--no-html", action="store_true", help="leave out report.html, with its sound and pictures")
     parser.add_argument(
         "--compare",
@@ -298,11 +356,51 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.run is None:
         raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
-    from jaxds2.evaluation.report import score_run
+    from functools import partial
+
+    from jaxds2.decoding.decoder import make_decoder
+    from jaxds2.decoding.pool import open_pool
+    from jaxds2.evaluation.logprobs import read_log_probs
+    from jaxds2.evaluation.report import score_log_probs, score_run
     from jaxds2.inference.recognizer import Recognizer
+    from jaxds2.text import Vocabulary
 
     config = read_config(arguments.run / "config.json")
-    manifests = [arguments.manifest] if arguments.manifest else [Path(m) for m in config.data.test]
+    saved = read_log_probs(arguments.logprobs) if arguments.logprobs else None
+    if saved and arguments.save_logprobs:
+        raise ConfigError("--logprobs and --save-logprobs: they are kept already")
+    manifests = _manifests_to_score(arguments, [Path(saved.manifest)] if saved else [Path(m) for m in config.data.test])
+    names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
+    if len(set(names)) < len(names):
+        together = ", ".join(map(str, manifests))
+        raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
+    vocabulary = Vocabulary(saved.characters if saved else config.data.characters)
+    choice = _decoder_choice(arguments, vocabulary.characters)
+    decoder = make_decoder(choice, vocabulary)
+    kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
+    kind += "-lm" if choice.lm else ""
+    score: Callable[..., object]
+    if saved:
+        score = partial(score_log_probs, saved, arguments.logprobs, config)
+    else:
+        recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+        score = partial(score_run, recognizer, checkpoint=arguments.checkpoint, save_log_probs=arguments.save_logprobs)
+    with open_pool(partial(make_decoder, choice, vocabulary), arguments.decode_workers) as pool:
+        for manifest, name in zip(manifests, names, strict=True):
+            score(
+                manifest=manifest,
+                decoder=decoder,
+                folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
+                run_dir=arguments.run,
+                page=not arguments.no_html,
+                pool=pool,
+                list_hypotheses=arguments.nbest is not None,
+            )
+    return 0
+
+
+def _manifests_to_score(arguments: argparse.Namespace, otherwise: list[Path]) -> list[Path]:
+    manifests = [arguments.manifest] if arguments.manifest else otherwise
     if not manifests:
         raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
     if arguments.name and len(manifests) > 1:
@@ -314,24 +412,7 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"{manifest}, a test manifest of {arguments.run / 'config.json'}, does not exist; write it with "
                 f"`jaxds2 prepare`, or name another with --manifest"
             )
-    names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
-    if len(set(names)) < len(names):
-        together = ", ".join(map(str, manifests))
-        raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
-    recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    beam = _beam(arguments, recognizer.vocabulary.characters)
-    kind = "greedy" if beam is None else "beam-lm" if arguments.lm else "beam"
-    for manifest, name in zip(manifests, names, strict=True):
-        score_run(
-            recognizer,
-            manifest,
-            beam,
-            folder=arguments.run / "eval" / (arguments.name or f"{name}-{kind}"),
-            checkpoint=arguments.checkpoint,
-            run_dir=arguments.run,
-            page=not arguments.no_html,
-        )
-    return 0
+    return manifests
 
 
 def _name_of_set(manifest: Path) -> str:
@@ -364,21 +445,137 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--order", type=int, default=3, help="longest n-gram (default: 3)")
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write")
+    build.add_argument(
+        "--prune", type=int, nargs="+", default=(), metavar="COUNT", help="per order: n-grams so rare are left out"
+    )
+    build.add_argument(
+        "--estimator",
+        choices=("kaldingram", "lmplz"),
+        default="kaldingram",
+        help="lmplz: KenLM's program, which has to be on the PATH (default: kaldingram, the same file everywhere)",
+    )
+    build.add_argument("--binary", action="store_true", help="also FILE.binary, by KenLM's build_binary on the PATH")
     build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
     build.set_defaults(call=_lm_build, usage=build.format_usage())
+    perplexity = commands.add_parser("perplexity", help="how well a model foresees texts")
+    perplexity.add_argument("lm", type=Path, metavar="LM", help="ARPA file or KenLM binary")
+    perplexity.add_argument("text", type=Path, nargs="+", metavar="TEXT", help="as for build")
+    perplexity.add_argument("--sentences", action="store_true", help="also of each: perplexity, unknown words, text")
+    perplexity.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
+    perplexity.set_defaults(call=_lm_perplexity, usage=perplexity.format_usage())
+    download = commands.add_parser("download", help="a published model: LibriSpeech's, from openslr.org/11")
+    download.add_argument("name", choices=LANGUAGE_MODELS)
+    download.add_argument("--out", type=Path, default=Path("data/lm"), metavar="DIR", help="default: data/lm")
+    download.set_defaults(call=_lm_download, usage=download.format_usage())
+    tune = commands.add_parser("tune", help="search the weights and the pruning of beam search on a development set")
+    tune.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    tune.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    tune.add_argument("--manifest", type=Path, metavar="DEV", help="what to tune on (default: data.dev of the config)")
+    tune.add_argument(
+        "--logprobs", type=Path, metavar="EVAL_DIR", help="its log-probabilities, as --save-logprobs kept"
+    )
+    add_search(tune)
+    add_workers(tune)
+    tune.set_defaults(call=_lm_tune, usage=tune.format_usage())
 
 
 def _lm_build(arguments: argparse.Namespace) -> int:
     from jaxds2.config import DataConfig
-    from jaxds2.decoding.lm import build_ngram, read_sentences
+    from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz
+    from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, build_ngram, read_sentences
     from jaxds2.text import Vocabulary
 
     _must_exist(*arguments.text)
+    if not MIN_ORDER <= arguments.order <= MAX_ORDER:
+        raise ConfigError(f"--order {arguments.order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
     vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
     sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
-    lm = build_ngram(sentences, arguments.out, order=arguments.order)
-    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences")
+    estimate = estimate_by_lmplz if arguments.estimator == "lmplz" else build_ngram
+    lm = estimate(sentences, arguments.out, order=arguments.order, prune=arguments.prune)
+    pruned = f", pruned {' '.join(map(str, arguments.prune))}" if arguments.prune else ""
+    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences by {arguments.estimator}{pruned}")
+    if arguments.binary:
+        print(f"wrote {build_binary(lm)}")
     return 0
+
+
+def _lm_perplexity(arguments: argparse.Namespace) -> int:
+    from jaxds2.config import DataConfig
+    from jaxds2.decoding.lm import load_model, read_sentences
+    from jaxds2.decoding.perplexity import perplexity
+    from jaxds2.text import Vocabulary
+
+    _must_exist(arguments.lm, *arguments.text)
+    vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
+    model = load_model(arguments.lm)
+    for path in arguments.text:
+        corpus = perplexity(model, [vocabulary.normalize(s) for s in read_sentences(path)])
+        for s in corpus.sentences if arguments.sentences else ():
+            print(f"{s.perplexity:.2f}\t{s.unknown}\t{s.text}")
+        print(f"{path}: {corpus.render()}")
+    return 0
+
+
+def _lm_download(arguments: argparse.Namespace) -> int:
+    from jaxds2.decoding.published import download_model
+
+    print(f"wrote {download_model(arguments.name, arguments.out)}")
+    return 0
+
+
+def _lm_tune(arguments: argparse.Namespace) -> int:
+    from jaxds2.evaluation.tuning import tune_run
+
+    if arguments.lm is None:
+        raise ConfigError("--lm FILE says which language model to tune the weight of")
+    _must_exist(arguments.lm, arguments.manifest)
+    config = read_config(arguments.run / "config.json")
+    dev = Path(config.data.dev) if config.data.dev else None
+    if arguments.manifest is None and arguments.logprobs is None and dev is None:
+        raise ConfigError(
+            f"the config of {arguments.run} names no development set (data.dev); give one with --manifest"
+        )
+    tune_run(
+        arguments.run,
+        config,
+        arguments.manifest or (None if arguments.logprobs else dev),
+        lm=arguments.lm,
+        backend=arguments.backend or "pyctcdecode",
+        blank_threshold=arguments.blank_threshold,
+        checkpoint=_checkpoint(arguments.checkpoint),
+        log_probs=arguments.logprobs,
+        workers=arguments.decode_workers,
+    )
+    return 0
+
+
+def add_align(parser: argparse.ArgumentParser) -> None:
+    """`jaxds2 align`."""
+    add_run(parser)
+    parser.add_argument(
+        "--manifest", type=Path, required=True, metavar="FILE", help="audio and texts; or a folder of shards"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/align/, manifest folder and its name")
+    parser.add_argument(
+        "--min-score", type=float, metavar="NATS", help="list utterances that score lower (default: -1; 0 is best)"
+    )
+    parser.set_defaults(call=_align, usage=parser.format_usage())
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from jaxds2.inference.align import MIN_SCORE, align_run
+    from jaxds2.inference.recognizer import Recognizer
+
+    _must_exist(arguments.manifest)
+    if arguments.min_score is not None and not arguments.min_score <= 0:
+        raise ConfigError(f"--min-score {arguments.min_score:g}: expected 0 or less, the score of a text that fits")
+    failed = align_run(
+        Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint)),
+        arguments.manifest,
+        folder=arguments.out or arguments.run / "align" / _name_of_set(arguments.manifest),
+        min_score=MIN_SCORE if arguments.min_score is None else arguments.min_score,
+    )
+    return FAILURE if failed else 0
 
 
 def add_transcribe(parser: argparse.ArgumentParser) -> None:
@@ -389,14 +586,13 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
-    from jaxds2.decoding.greedy import greedy_decode
+    from jaxds2.decoding.decoder import make_decoder
     from jaxds2.inference.recognizer import Recognizer
     from jaxds2.inference.transcribe import transcribe
 
     recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    beam = _beam(arguments, recognizer.vocabulary.characters)
-    decode = beam.decode if beam else lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
-    transcripts = transcribe(recognizer, arguments.files, decode)
+    decoder = make_decoder(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary)
+    transcripts = transcribe(recognizer, arguments.files, decoder)
     for t in transcripts:
         if t.error is not None:
             print(f"error: {t.error}", file=sys.stderr)

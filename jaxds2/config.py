@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import runpy
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ class DataConfig:
     max_duration: float = 20.0
     """Seconds; longer utterances are left out of training, counted and named."""
     batch_seconds: float = 60.0
-    """Seconds of audio in a batch over all devices, padding included; see also training.accumulate."""
+    """Seconds of audio in a batch over all devices, padding included; more where `rows_multiple` rows take more. See
+    also training.accumulate."""
     num_buckets: int = 8
     """Number of static batch shapes; their edges minimise the padding on the actual manifest."""
     rows_multiple: int = 8
@@ -101,6 +103,7 @@ class FeatureConfig:
             self.window_length <= self.n_fft,
             f"features.n_fft={self.n_fft}: shorter than the window ({self.window_length})",
         )
+        _require(self.window_length >= 1, f"features.window_ms={self.window_ms}: less than one sample")
         _require(self.hop_length >= 1, f"features.hop_ms={self.hop_ms}: less than one sample")
         _require(self.n_mels >= 1, f"features.n_mels={self.n_mels}: must be at least 1")
 
@@ -514,10 +517,15 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def describe(config: Config) -> str:
-    """The resolved config as `section.field = value` lines."""
-    lines = [f"name = {config.name!r}"]
+    """The resolved config as one paragraph a section: `section: field=value field=value ...`."""
+    paragraphs = [f"config: {config.name}"]
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if dataclasses.is_dataclass(value):
-            lines += [f"{section.name}.{f.name} = {getattr(value, f.name)!r}" for f in dataclasses.fields(value)]
-    return "\n".join(lines)
+            # No space after a comma, so that lines break between fields.
+            fields = [f"{f.name}={getattr(value, f.name)!r}".replace(", ", ",") for f in dataclasses.fields(value)]
+            paragraph = f"{section.name}: {' '.join(fields)}"
+            paragraphs.append(
+                textwrap.fill(paragraph, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            )
+    return "\n".join(paragraphs)

@@ -1,8 +1,10 @@
-"""Connectionist temporal classification (Graves et al. 2006): the loss, and which labels fit their frames at all."""
+"""Connectionist temporal classification (Graves et al. 2006): the loss, which labels fit their frames at all, and where
+in the frames a known label stands.
+"""
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,72 @@ def ctc_loss(
     else:
         loss_B = _fused(logits_BUV, logit_lengths_B, labels_BN, label_lengths_B)
     return jnp.where(ok_B, jnp.maximum(loss_B, 0.0), 0.0)
+
+
+class Alignment(NamedTuple):
+    """The most likely of the paths that spell a label, for each row of a batch."""
+
+    position_BU: jax.Array
+    """int32: which label of the row, counted from 0, a frame writes; -1: the blank, beyond the length, or no path."""
+    log_prob_B: jax.Array
+    """float32: log-probability of the path, in nats; -inf where no path spells the label."""
+    feasible_B: jax.Array
+    """Whether the label fits its frames, bool (see `feasible`)."""
+
+
+def forced_alignment(
+    logits_BUV: jax.Array, logit_lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array
+) -> Alignment:
+    """Force a known label on the frames: the Viterbi path through the lattice of Graves et al. 2006, section 4.1.
+
+    A row's alignment depends on its own valid frames and labels alone. Of equally likely paths the one that, seen from
+    its end, stays longest in a state is taken. Computed in float32 whatever the dtype of the logits. The steps taken
+    are kept as int8, (U, B, 2 N + 1).
+
+    Args:
+      logits_BUV: logits or log-probabilities; class BLANK_ID is the blank; what stands beyond a length is ignored.
+      logit_lengths_B: valid frames.
+      labels_BN: label ids, no blanks within the label length.
+      label_lengths_B: labels of each row.
+    """
+    ok_B = feasible(logit_lengths_B, labels_BN, label_lengths_B)
+    valid_BU = ok_B[:, None] & (jnp.arange(logits_BUV.shape[1])[None, :] < logit_lengths_B[:, None])
+    log_probs_BUV = jax.nn.log_softmax(logits_BUV.astype(jnp.float32), axis=-1)
+    # States 0 ... 2 N of the lattice: a blank, the first label, a blank, ... and a blank.
+    in_label_BN = jnp.arange(labels_BN.shape[1])[None, :] < label_lengths_B[:, None]
+    classes_BS = jnp.full((labels_BN.shape[0], 2 * labels_BN.shape[1] + 1), BLANK_ID, labels_BN.dtype)
+    classes_BS = classes_BS.at[:, 1::2].set(jnp.where(in_label_BN, labels_BN, BLANK_ID))
+    scores_BUS = jnp.take_along_axis(log_probs_BUV, classes_BS[:, None, :], axis=2)
+    # A label may follow another without a blank between them, unless the two are equal.
+    follows_BS = (classes_BS != BLANK_ID) & (classes_BS != _from_left(classes_BS, 2, BLANK_ID))
+
+    def forward(best_BS, frame):
+        scores_BS, valid_B = frame
+        # Beyond its length a row waits as it is, so nothing that stands there counts.
+        skipping_BS = jnp.where(follows_BS, _from_left(best_BS, 2, _NEVER), _NEVER)
+        ways_3BS = jnp.stack([best_BS, _from_left(best_BS, 1, _NEVER), skipping_BS])
+        steps_BS = jnp.where(valid_B[:, None], jnp.argmax(ways_3BS, axis=0), 0).astype(jnp.int8)
+        return jnp.where(valid_B[:, None], jnp.max(ways_3BS, axis=0) + scores_BS, best_BS), steps_BS
+
+    def backward(state_B, steps_BS):
+        steps_B = jnp.take_along_axis(steps_BS, state_B[:, None], axis=1)[:, 0]
+        return state_B - steps_B.astype(jnp.int32), state_B
+
+    # Before the first frame a path stands at the blank before its first label.
+    start_BS = jnp.where(jnp.arange(classes_BS.shape[1])[None, :] == 0, 0.0, jnp.full(classes_BS.shape, _NEVER))
+    best_BS, steps_UBS = jax.lax.scan(forward, start_BS, (jnp.swapaxes(scores_BUS, 0, 1), valid_BU.T))
+    last_B = 2 * label_lengths_B.astype(jnp.int32)
+    # It ends at the last label or the blank behind it. Of an empty label there is only the blank.
+    ends_B2 = jnp.take_along_axis(best_BS, jnp.maximum(last_B[:, None] - jnp.arange(2)[None, :], 0), axis=1)
+    _, states_UB = jax.lax.scan(backward, last_B - jnp.argmax(ends_B2, axis=1), steps_UBS, reverse=True)
+    states_BU = states_UB.T
+    position_BU = jnp.where(valid_BU & (states_BU % 2 == 1), states_BU // 2, -1)
+    return Alignment(position_BU, jnp.where(ok_B, jnp.max(ends_B2, axis=1), -jnp.inf), ok_B)
+
+
+def _from_left(x_BS: jax.Array, steps: int, fill: float) -> jax.Array:
+    """Each state gets the value of the state that many to its left."""
+    return jnp.pad(x_BS, ((0, 0), (steps, 0)), constant_values=fill)[:, :-steps]
 
 
 def consistency_loss(logits_BUV: jax.Array, logit_lengths_B: jax.Array) -> jax.Array:

@@ -9,7 +9,9 @@ from jaxds2.config import Config, differences, read_config
 from jaxds2.data.manifest import read_manifest
 from jaxds2.data.spoken import prepare_demo
 from jaxds2.decoding.beam import BeamDecoder
-from jaxds2.decoding.lm import build_ngram
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.lm import build_ngram, open_model
+from jaxds2.decoding.settings import BeamSettings
 from jaxds2.evaluation.metrics import EditCounts
 from jaxds2.evaluation.report import score_run
 from jaxds2.inference.recognizer import Recognizer
@@ -29,19 +31,19 @@ def demo(config: Config, run_dir: Path) -> int:
     Returns:
       The exit code of training.
     """
-    folder = Path(config.data.train[0]).parent
-    reports = [run_dir / "eval" / f"{folder.name}-test-{kind}" for kind in ("greedy", "beam-lm")]
+    test = Path(config.data.test[0])
+    reports = [run_dir / "eval" / f"{test.parent.name}-{test.stem}-{kind}" for kind in ("greedy", "beam-lm")]
     if all((r / "report.json").exists() for r in reports) and not differences(
         read_config(run_dir / "config.json"), config
     ):
         print(f"the demo is done already; delete {run_dir} to train again")
     else:
-        prepare_demo(folder)
+        prepare_demo(test.parent)
         status = train(config, run_dir)
         if status != FINISHED:
             return status
-        _evaluate(config, run_dir, folder / "test.jsonl", *reports)
-    _show(run_dir, folder / "test.jsonl", *reports)
+        _evaluate(config, run_dir, test, *reports)
+    _show(run_dir, test, *reports)
     return FINISHED
 
 
@@ -50,8 +52,8 @@ def _evaluate(config: Config, run_dir: Path, test: Path, greedy: Path, beam: Pat
     sentences = [vocabulary.normalize(u.text) for path in config.data.train for u in read_manifest(path)]
     lm = build_ngram(sentences, run_dir / "lm.arpa")
     recognizer = Recognizer.load(run_dir)
-    score_run(recognizer, test, None, folder=greedy, checkpoint="best", run_dir=run_dir)
-    decoder = BeamDecoder(vocabulary, lm=lm, alpha=ALPHA, beta=BETA)
+    score_run(recognizer, test, GreedyDecoder(vocabulary), folder=greedy, checkpoint="best", run_dir=run_dir)
+    decoder = BeamDecoder(vocabulary, BeamSettings(alpha=ALPHA, beta=BETA), lm=open_model(lm, vocabulary))
     score_run(recognizer, test, decoder, folder=beam, checkpoint="best", run_dir=run_dir)
 
 

@@ -5,7 +5,7 @@ With one process everything here answers at once and nothing is sent.
 
 import contextlib
 import hashlib
-import json
+import pickle
 import re
 import socket
 import time
@@ -157,15 +157,15 @@ def _report(cluster: Cluster, host: str, port: str, deadline: float) -> list[str
 
 
 def gather(record: Any) -> list[Any]:
-    """What every process has to say, in their order; all of them call this. `record` is anything that JSON can hold."""
+    """What every process has to say, in their order; all call this. `record` is anything that can be pickled."""
     if jax.process_count() == 1:
         return [record]
-    own = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    own = np.frombuffer(pickle.dumps(record), np.uint8)
     sizes_P = multihost_utils.process_allgather(np.array([own.size]))[:, 0]
     padded = np.zeros(int(sizes_P.max()), np.uint8)
     padded[: own.size] = own
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes_P.tolist(), strict=True)]
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes_P.tolist(), strict=True)]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import alignment
+import numpy as np
 import pytest
+
+from jaxds2.decoding.alignment import Span
 
 ERRORS = ("error", "gradient error", "h", "da", "db", "dgate", "dcandidate")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -28,6 +32,23 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             errors = [value for key, value in numbers.items() if key in ERRORS]
             assert all(0 <= value < 1e-4 for value in errors), (column, numbers)
             assert errors or numbers["CPU ms"] > 0
+
+
+def test_a_delay_common_to_all_words_is_no_error_of_alignment(tmp_path, capsys):
+    (tmp_path / "set.ctm").write_text("u A 0.100 0.200 turn\nu A 0.300 0.300 on_the\nv A 0.200 0.200 light\n")
+    reference = alignment.read_ctm(tmp_path / "set.jsonl")
+    found = {
+        "u": [Span("turn", 0.14, 0.31, 1), Span("on", 0.34, 0.4, 1), Span("the", 0.45, 0.61, 1)],
+        "v": [Span("light", 0.24, 0.41, 1)],
+    }
+    offsets = alignment.offsets(reference, found)
+    np.testing.assert_allclose(offsets, [[0.04, 0.01]] * 3)
+    alignment.print_times(offsets, offsets + np.array([[0.0, 0.0], [0.02, 0.0], [0.0, -0.1]]))
+    rows = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2:] == [
+        ["start", "3", "+0.040", "0.000", "0.018", "0.020"],
+        ["end", "3", "+0.010", "0.000", "0.090", "0.100"],
+    ]
 
 
 def test_the_gpu_suite_runs_part_by_part_and_goes_on_where_it_stopped(tmp_path):

@@ -143,6 +143,58 @@ def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd)
     assert "gone.wav" in both.err
 
 
+def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_path, capfd):
+    dev, lm = str(tones / "dev.jsonl"), tmp_path / "lm.arpa"
+    assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
+    assert cli.evaluate(["--run", str(run), "--manifest", dev, "--name", "kept", "--save-logprobs"]) == 0
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoints", "eval"))
+    beam = ["--logprobs", str(run / "eval/kept"), "--decoder", "beam", "--lm", str(lm), "--alpha", "0.1"]
+    reports = []
+    for name, extra in (("here", []), ("pool", ["--decode-workers", "2", "--nbest", "1"])):
+        assert cli.evaluate(["--run", str(bare), *beam, "--name", name, *extra]) == 0
+        reports.append(json.loads((bare / "eval" / name / "report.json").read_text()))
+        assert (bare / "eval" / name / "nbest.jsonl").exists() == bool(extra)
+    assert cli.evaluate(["--run", str(run), "--manifest", dev, "--name", "model", *beam[2:]]) == 0
+    reports.append(json.loads((run / "eval/model/report.json").read_text()))
+    assert reports[0]["log_probs"] == str(run / "eval/kept")
+    assert [{k: v for k, v in r.items() if k not in ("rtfx", "log_probs")} for r in reports[1:]] == [
+        {k: v for k, v in reports[0].items() if k not in ("rtfx", "log_probs")}
+    ] * 2
+    for name in ("recogs.txt", "hyp.ctm"):
+        assert (bare / "eval/pool" / name).read_text() == (run / "eval/model" / name).read_text()
+    listed = [json.loads(line) for line in (bare / "eval/pool/nbest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in listed] == sorted(u.id for u in read_manifest(dev))
+    assert set(listed[0]["hypotheses"][0]) == {"text", "total", "acoustic", "lm", "words"}
+
+    config = json.loads((bare / "config.json").read_text())
+    config["data"]["characters"] = "abcd "
+    (bare / "config.json").write_text(json.dumps(config))
+    capfd.readouterr()
+    fails(capfd, ["--run", bare, *beam[:2]], 1, "over the alphabet 'abc ', the run's is 'abcd '", entry=cli.evaluate)
+    fails(capfd, ["--run", run, "--logprobs", tones], 1, "holds no log-probabilities", entry=cli.evaluate)
+
+
+def test_tuned_settings_are_found_used_and_said(run, tones, tmp_path, capfd):
+    copy, lm = tmp_path / "run", tmp_path / "lm.arpa"
+    shutil.copytree(run, copy)
+    assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
+    assert cli.main(["lm", "tune", "--run", str(copy), "--lm", str(lm)]) == 0
+    assert "best: alpha 0.25" in capfd.readouterr().out
+    assert (copy / "decoding-pyctcdecode.png").stat().st_size > 0
+    dev = ["--manifest", str(tones / "dev.jsonl"), "--name", "x"]
+    assert cli.evaluate(["--run", str(copy), *dev, "--decoder", "beam", "--lm", str(lm), "--beta", "1"]) == 0
+    assert "tuned settings of" in capfd.readouterr().err
+    settings = json.loads((copy / "eval/x/report.json").read_text())["decoder"]
+    assert (settings["alpha"], settings["beta"]) == (0.25, 1.0)
+    assert (settings["sources"]["alpha"], settings["sources"]["beta"]) == ("decoding.json", "command line")
+    tune = ["lm", "tune", "--run", copy, "--lm", lm, "--manifest"]
+    fails(capfd, [*tune, tones / "train.jsonl"], 1, "the run was trained on it")
+    shutil.copy(tones / "dev.jsonl", tmp_path / "test.jsonl")
+    fails(capfd, [*tune, tmp_path / "test.jsonl"], 1, "by its name a test set")
+    fails(capfd, ["lm", "tune", "--run", copy], 2, "--lm FILE")
+
+
 def test_what_a_score_leaves_behind(run, tones, tmp_path, capfd):
     arguments = ["--run", str(run), "--manifest", str(tones / "dev.jsonl"), "--name", "left"]
     assert cli.evaluate(arguments) == 0
@@ -169,6 +221,118 @@ def test_what_a_score_leaves_behind(run, tones, tmp_path, capfd):
             assert abs(float(start) + float(seconds) - (0.05 + 0.16 * (first + len(word)))) < 0.15
     assert cli.evaluate([*arguments, "--no-html"]) == 0
     assert not (folder / "report.html").exists()
+
+
+def ctm(path):
+    """(word, start, end) by utterance."""
+    times: dict[str, list[tuple[str, float, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, channel, start, seconds, word, score = line.split()
+        assert channel == "A"
+        assert 0 <= float(score) <= 1
+        times.setdefault(name, []).append((word, float(start), float(start) + float(seconds)))
+    return times
+
+
+def test_known_texts_are_found_where_they_are_spoken(run, tones, tmp_path, capfd):
+    manifest = tones / "dev.jsonl"
+    assert cli.main(["align", "--run", str(run), "--manifest", str(manifest)]) == 0
+    folder = run / f"align/{tones.name}-dev"
+    out = capfd.readouterr().out
+    assert f"aligned 6 of 6 utterances, 9 words; 0 score below -1: their text may not match; written to {folder}" in out
+    spoken = {u.id: u for u in read_manifest(manifest)}
+    words, characters = ctm(folder / "words.ctm"), ctm(folder / "characters.ctm")
+    lines = [json.loads(line) for line in (folder / "alignments.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == sorted(spoken)
+    for line in lines:
+        u = spoken[line["id"]]
+        # Each character is where its tone sounds: 0.05 s of noise, then 0.16 s a character, the spaces too.
+        places = [match.start() for match in re.finditer(r"\S+", u.text)]
+        assert [word for word, _, _ in words[u.id]] == u.text.split()
+        for (word, start, end), first in zip(words[u.id], places, strict=True):
+            assert abs(start - (0.05 + 0.16 * first)) < 0.15
+            assert abs(end - (0.05 + 0.16 * (first + len(word)))) < 0.15
+        assert "".join(c for c, _, _ in characters[u.id]) == u.text.replace(" ", "")
+        assert [(w["word"], round(w["start"], 3)) for w in line["words"]] == [(w, s) for w, s, _ in words[u.id]]
+        assert -0.1 < line["score"] <= 0
+        textgrid = (folder / f"textgrids/{u.id}.TextGrid").read_text(encoding="utf-8")
+        tiers = [re.findall(r'text = "(.+)"', tier) for tier in textgrid.split('name = "')[1:]]
+        assert tiers == [u.text.split(), list(u.text.replace(" ", ""))]
+    # The file is a manifest too: of the same recordings.
+    again = {u.id: u for u in read_manifest(folder / "alignments.jsonl")}
+    assert {i: (u.text, u.duration) for i, u in again.items()} == {i: (u.text, u.duration) for i, u in spoken.items()}
+    assert all(u.audio_filepath.exists() for u in again.values())
+    shards = tmp_path / "dev"
+    assert cli.main(["shard", str(manifest), "--out", str(shards), "--workers", "1"]) == 0
+    assert cli.main(["align", "--run", str(run), "--manifest", str(shards), "--out", str(tmp_path / "out")]) == 0
+    for name in ("words.ctm", "characters.ctm", "mismatches.tsv", "failed.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_texts_that_do_not_match_their_audio_are_listed_worst_first(run, tones, tmp_path, capfd):
+    spoken, manifest = read_manifest(tones / "dev.jsonl"), tmp_path / "swapped.jsonl"
+    wrong = [dataclasses.replace(u, text={"a": "b", "b": "c", "c": "a"}[u.text[0]] + u.text[1:]) for u in spoken]
+    write_manifest(manifest, [*wrong[:2], *spoken[2:]])
+    align = ["align", "--run", str(run), "--manifest", str(manifest), "--out", str(tmp_path / "out")]
+    assert cli.main(align) == 0
+    out = capfd.readouterr().out
+    header, *rows = (line.split("\t") for line in (tmp_path / "out/mismatches.tsv").read_text().splitlines())
+    assert header == ["score", "id", "text", "heard"]
+    assert {(i, text, heard) for _, i, text, heard in rows} == {
+        (bad.id, bad.text, good.text) for bad, good in zip(wrong[:2], spoken[:2], strict=True)
+    }
+    assert [float(score) for score, *_ in rows] == sorted(float(score) for score, *_ in rows)
+    assert out.count("mismatch: ") == 2
+    assert "2 score below -1" in out
+    assert cli.main([*align, "--min-score", "-1000"]) == 0
+    assert "0 score below -1000" in capfd.readouterr().out
+
+
+def test_what_cannot_be_aligned_is_named_and_the_others_come_out(run, tones, tmp_path, capfd):
+    spoken, manifest, out = read_manifest(tones / "dev.jsonl"), tmp_path / "odd.jsonl", tmp_path / "out"
+    align = ["align", "--run", str(run), "--manifest", str(manifest), "--out", str(out)]
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.zeros(100, np.int16), 16_000)
+    odd = [
+        dataclasses.replace(spoken[0], id="a/b", text="zebra"),
+        dataclasses.replace(spoken[0], id="long", text="ab" * 500),
+        dataclasses.replace(spoken[0], id="short", audio_filepath=short, duration=100 / 16_000, text="a"),
+        dataclasses.replace(spoken[0], id="gone", audio_filepath=tmp_path / "gone.wav"),
+        dataclasses.replace(spoken[0], id="mute", text=" ."),
+    ]
+    write_manifest(manifest, [dataclasses.replace(u, text=spoken[0].text) for u in odd[:1]])
+    assert cli.main(align) == 0
+    assert (out / "textgrids/a%2Fb.TextGrid").exists()
+    write_manifest(manifest, [*odd, *spoken])
+    capfd.readouterr()
+    assert cli.main(align) == 1
+    both = capfd.readouterr()
+    failed = (out / "failed.txt").read_text().splitlines()
+    for line, says in zip(
+        failed,
+        (
+            "a/b: its text has 'erz', outside the alphabet 'abc '",
+            "gone: ",
+            "long: its text needs 1000 frames, its audio has ",
+            "mute: has no text",
+            "short: its text needs 1 frames, its audio has 0 (",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(says)
+        assert f"error: {line}" in both.err
+    assert "gone.wav" in failed[1]
+    assert "aligned 6 of 11 utterances" in both.out
+    assert ctm(out / "words.ctm").keys() == {u.id for u in spoken}
+    # Nothing is left of the alignment that an earlier call could make.
+    assert {path.stem for path in (out / "textgrids").iterdir()} == {u.id for u in spoken}
+    write_manifest(manifest, [dataclasses.replace(u, text=" .") for u in spoken])
+    fails(capfd, align, 1, "none of 6 utterances has a text", "transcribe")
+    fails(capfd, [*align[:-1], manifest], 1, str(manifest), "cannot be written")
+    fails(capfd, [*align, "--min-scores=-2"], 2, "did you mean --min-score?")
+    fails(capfd, [*align, "--min-score", "nan"], 2, "--min-score nan", "0 or less")
+    fails(capfd, ["align", "--run", run, "--manifest", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
+    fails(capfd, ["align", "--run", run], 2, "--manifest")
 
 
 def test_two_scores_are_compared_and_what_cannot_be_is_refused(run, tones, tmp_path, capfd):
@@ -241,8 +405,17 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["--config", config, "model.scan=fast"], 2, "associative", entry=cli.train)
     fails(capfd, ["--config", tmp_path / "gone.py"], 2, "gone.py", entry=cli.train)
     fails(capfd, ["--config", config, "--run", run, "training.seed=7"], 2, "training.seed: 0 -> 7", entry=cli.train)
-    fails(capfd, ["--run", tmp_path, "--manifest", tones / "dev.jsonl"], 2, "is", "a run", entry=cli.evaluate)
-    fails(capfd, ["digest", "--run", tmp_path], 2, "is", "a run")
+    fails(
+        capfd,
+        ["--run", tmp_path, "--manifest", tones / "dev.jsonl"],
+        2,
+        f"is {tmp_path} a run of train.py?",
+        entry=cli.evaluate,
+    )
+    fails(capfd, ["digest", "--run", tmp_path], 2, f"is {tmp_path} a run of train.py?")
+    new = ["--config", config, "--run", tmp_path / "new", "--init-from"]
+    fails(capfd, [*new, tmp_path / "gone"], 2, f"--init-from {tmp_path / 'gone'}", entry=cli.train)
+    assert not (tmp_path / "new").exists()
     arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
     fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
@@ -255,7 +428,35 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["prepare", "an4", "--source", tmp_path / "gone"], 2, "gone")
     fails(capfd, ["prepare", "an4"], 2, "--source")
     fails(capfd, ["prepare", "nothing"], 2, "an4")
+    fails(capfd, ["prepare", "demo", "--seed", "-1"], 2, "--seed -1")
+    fails(capfd, ["prepare", "demo", "--workers", "0"], 2, "--workers 0")
+    text = tmp_path / "text.txt"
+    text.write_text("a b\n")
+    fails(capfd, ["lm", "build", text, "--order", "9", "--out", tmp_path / "lm"], 2, "--order 9", "2 to 6")
     fails(capfd, ["prepare", "an4", "--splits", "train-clean-100", "--source", tmp_path], 2, "librispeech")
+
+
+def test_a_run_starts_from_the_weights_of_another(run, tones, tmp_path, capfd):
+    config = run.parent / "tones.py"
+    arguments = ["--config", str(config), "--run", str(tmp_path / "next"), "--init-from", str(run), "training.steps=1"]
+    assert cli.train(arguments) == 0
+    assert f"weights from {run}; new: none" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["-m", "jaxds2", "eval"], [str(ROOT / "eval.py")]])
+def test_the_package_and_the_script_are_the_same_command(command, tmp_path):
+    arguments = [sys.executable, *command, "--run", str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == f"error: no {tmp_path}/config.json: is {tmp_path} a run of train.py?\n"
+
+
+def test_a_corpus_is_prepared_under_data_unless_told_otherwise(corpora, tmp_path, monkeypatch):
+    source = (corpora / "an4").absolute()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "an4", "--source", str(source)]) == 0
+    names = {path.name: len(read_manifest(path)) for path in (tmp_path / "data/an4").iterdir()}
+    assert names == {"train.jsonl": 859, "dev.jsonl": 89, "test.jsonl": 130}
 
 
 def test_failure_is_one(run, tones, tmp_path, capfd):

@@ -11,7 +11,7 @@ from ctc_float64 import float64_loss_and_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.ctc import consistency_loss, ctc_loss, feasible, min_frames
+from jaxds2.ctc import consistency_loss, ctc_loss, feasible, forced_alignment, min_frames
 
 
 def collapse(path):
@@ -169,3 +169,115 @@ def test_the_loss_is_computed_in_float32(form):
     got = ctc_loss(logits, *args, implementation=form)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, ctc_loss(logits.astype(jnp.float32), *args, implementation=form))
+
+
+def spelling_paths(label, frames):
+    """The lattice positions of every path that spells a label, by brute force: (frames,) each, -1 for the blank."""
+    for path in itertools.product(range(-1, len(label)), repeat=frames):
+        spelt = [n for n, _ in itertools.groupby(path) if n >= 0]
+        classes = [label[n] if n >= 0 else 0 for n in path]
+        if spelt == list(range(len(label))) and collapse(classes) == tuple(label):
+            yield path
+
+
+def best_path(logits_UV, label):
+    """(log-probability, positions) of the most likely path that spells a label, in float64; None: there is none."""
+    logits = np.asarray(logits_UV, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    scored = [
+        (sum(log_probs[u, label[n] if n >= 0 else 0] for u, n in enumerate(path)), path)
+        for path in spelling_paths(label, len(logits))
+    ]
+    return max(scored, default=None)
+
+
+aligned = jax.jit(forced_alignment)
+ROWS = st.lists(st.tuples(st.integers(0, 6), st.lists(st.integers(1, 2), max_size=4)), min_size=3, max_size=3)
+
+
+def batch_of(rows, seed, *, scale=2.0, frames=6, labels=4):
+    logits = scale * jax.random.normal(jax.random.key(seed), (len(rows), frames, 3))
+    padded = jnp.array([label + [0] * (labels - len(label)) for _, label in rows])
+    return logits, jnp.array([u for u, _ in rows]), padded, jnp.array([len(label) for _, label in rows])
+
+
+@settings(max_examples=60)
+@given(ROWS, st.integers(0, 1000))
+def test_the_alignment_is_the_best_of_all_paths(rows, seed):
+    batch = batch_of(rows, seed)
+    got = aligned(*batch)
+    for b, (frames, label) in enumerate(rows):
+        best = best_path(batch[0][b, :frames], label) if frames else None
+        assert bool(got.feasible_B[b]) == (best is not None)
+        if best is None:
+            assert got.log_prob_B[b] == -np.inf
+            np.testing.assert_array_equal(got.position_BU[b], -1)
+        else:
+            np.testing.assert_allclose(got.log_prob_B[b], best[0], rtol=1e-5)
+            np.testing.assert_array_equal(got.position_BU[b, :frames], best[1])
+            np.testing.assert_array_equal(got.position_BU[b, frames:], -1)
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(1, 2), max_size=10)), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.1, 2.0, 20.0]),
+)
+def test_the_best_path_is_no_likelier_than_all_paths_together(rows, seed, scale):
+    batch = batch_of(rows, seed, scale=scale, frames=30, labels=10)
+    got, loss = aligned(*batch), ctc_loss(*batch)
+    for b in np.flatnonzero(got.feasible_B):
+        assert got.log_prob_B[b] <= -loss[b] + 1e-5 * (1 + abs(loss[b]))
+        # Nor is it less than the likelihood shared out among as many paths as there can be.
+        assert got.log_prob_B[b] >= -loss[b] - rows[b][0] * np.log(3) - 1e-3
+        path = [rows[b][1][n] if n >= 0 else 0 for n in got.position_BU[b, : rows[b][0]].tolist()]
+        assert collapse(path) == tuple(rows[b][1])
+
+
+def test_nothing_beyond_a_length_reaches_the_alignment():
+    logits, frames, labels, lengths = batch_of([(6, [1, 2]), (4, [2]), (3, [2, 2, 2]), (0, [1])], 0)
+    want = aligned(logits, frames, labels, lengths)
+    assert want.feasible_B.tolist() == [True, True, False, False]
+    beyond = jnp.arange(6)[None, :] >= frames[:, None]
+    poisoned = jnp.where(beyond[..., None], jnp.nan, logits)
+    unlabelled = jnp.where(jnp.arange(4)[None, :] >= lengths[:, None], jnp.array([[99, -1, 1, 2]]), labels)
+    for got in (aligned(poisoned, frames, labels, lengths), aligned(logits, frames, unlabelled, lengths)):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    wider = aligned(
+        jnp.pad(poisoned, ((0, 0), (0, 5), (0, 0)), constant_values=jnp.nan),
+        frames,
+        jnp.pad(labels, ((0, 0), (0, 3)), constant_values=1),
+        lengths,
+    )
+    np.testing.assert_array_equal(wider.position_BU[:, :6], want.position_BU)
+    np.testing.assert_array_equal(wider.position_BU[:, 6:], -1)
+    np.testing.assert_array_equal(wider.log_prob_B, want.log_prob_B)
+
+
+def test_an_alignment_is_the_same_in_any_batch():
+    rows = [(30, [1, 2, 2, 1]), (17, [2] * 8), (25, []), (9, [1, 1, 1, 1])]
+    logits, frames, labels, lengths = batch_of(rows, 5, frames=30, labels=8)
+    together = aligned(logits, frames, labels, lengths)
+    for b in range(len(rows)):
+        alone = aligned(logits[b : b + 1], frames[b : b + 1], labels[b : b + 1], lengths[b : b + 1])
+        jax.tree.map(lambda x, y, b=b: np.testing.assert_array_equal(x[0], y[b]), alone, together)
+
+
+def test_alignment_is_computed_in_float32():
+    logits, *rest = batch_of([(30, [1, 2, 2, 1])], 1, frames=30)
+    got = aligned(logits.astype(jnp.bfloat16), *rest)
+    assert got.log_prob_B.dtype == jnp.float32
+    want = aligned(logits.astype(jnp.bfloat16).astype(jnp.float32), *rest)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_long_alignment_finds_the_path_it_was_made_of():
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 29, 200)
+    position = np.full(1000, -1)
+    position[np.sort(rng.choice(500, 200, replace=False)) * 2] = np.arange(200)  # blanks between: any label may follow
+    classes = np.where(position >= 0, label[position], 0)
+    logits = 12 * np.eye(29, dtype=np.float32)[classes] + rng.standard_normal((1000, 29), np.float32)
+    got = aligned(jnp.array(logits[None]), jnp.array([1000]), jnp.array(label[None]), jnp.array([200]))
+    np.testing.assert_array_equal(got.position_BU[0], position)

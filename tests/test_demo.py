@@ -23,7 +23,12 @@ def config(tones, tmp_path, monkeypatch) -> Config:
     monkeypatch.setattr(module, "prepare_demo", prepare)
     return Config(
         data=DataConfig(
-            train=(str(folder / "train.jsonl"),), characters="abc ", batch_seconds=8.0, num_buckets=1, rows_multiple=2
+            train=(str(folder / "train.jsonl"),),
+            test=(str(folder / "test.jsonl"),),
+            characters="abc ",
+            batch_seconds=8.0,
+            num_buckets=1,
+            rows_multiple=2,
         ),
         features=FeatureConfig(n_mels=20),
         augment=AugmentConfig(freq_masks=0, time_masks=0),

@@ -3,10 +3,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxds2.decoding.greedy import collapse, greedy_decode, greedy_words
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.hypothesis import Hypothesis, collapse
 from jaxds2.text import Vocabulary
 
 VOCABULARY = Vocabulary("ab ")
+
+
+def decode(log_probs_UV) -> Hypothesis:
+    (best,) = GreedyDecoder(VOCABULARY)(log_probs_UV)
+    return best
+
+
+def spans(log_probs_UV):
+    return [(word.text, word.start, word.end) for word in decode(log_probs_UV).words]
 
 
 @pytest.mark.parametrize(
@@ -41,8 +51,8 @@ def test_collapse_inverts_every_path_of_a_label(labels, data):
 def test_text_of_a_best_path_has_single_spaces():
     ids_U = [3, 0, 1, 1, 0, 1, 3, 0, 3, 2, 3]
     log_probs_UV = np.log(np.eye(4, dtype=np.float32)[ids_U] * 0.9 + 0.025)
-    assert greedy_decode(log_probs_UV, VOCABULARY) == "aa b"
-    assert greedy_decode(log_probs_UV[:0], VOCABULARY) == ""
+    assert decode(log_probs_UV).text == "aa b"
+    assert decode(log_probs_UV[:0]) == Hypothesis("", (), 0.0, 0.0, 0.0)
 
 
 def one_hot(path):
@@ -52,16 +62,26 @@ def one_hot(path):
 def test_a_word_lasts_from_its_first_characters_first_frame_to_its_lasts_last():
     #        0  1  2  3  4  5  6  7  8  9
     path = [0, 1, 1, 0, 2, 0, 3, 0, 1, 1]
-    assert greedy_words(one_hot(path), VOCABULARY) == [("ab", 1, 5), ("a", 8, 10)]
-    assert greedy_words(one_hot([3, 0, 3]), VOCABULARY) == []
-    assert greedy_words(one_hot([1, 0, 1, 3, 0, 3, 2]), VOCABULARY) == [("aa", 0, 3), ("b", 6, 7)]
-    assert greedy_words(np.zeros((0, VOCABULARY.size)), VOCABULARY) == []
+    assert spans(one_hot(path)) == [("ab", 1, 5), ("a", 8, 10)]
+    assert spans(one_hot([3, 0, 3])) == []
+    assert spans(one_hot([1, 0, 1, 3, 0, 3, 2])) == [("aa", 0, 3), ("b", 6, 7)]
+    assert spans(np.zeros((0, VOCABULARY.size))) == []
 
 
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_words_are_those_of_the_text_in_order_and_apart(path):
-    words = greedy_words(one_hot(path), VOCABULARY)
-    assert " ".join(word for word, _, _ in words) == greedy_decode(one_hot(path), VOCABULARY)
+    words = spans(one_hot(path))
+    assert " ".join(word for word, _, _ in words) == decode(one_hot(path)).text
     frames = [frame for _, first, end in words for frame in (first, end)]
     assert frames == sorted(frames)
     assert all(first < end <= len(path) for _, first, end in words)
+
+
+def test_a_word_is_as_sure_as_its_characters_and_a_path_as_likely_as_its_frames():
+    probs_UV = np.array([[0.1, 0.7, 0.2, 0.0], [0.9, 0.1, 0.0, 0.0], [0.2, 0.3, 0.5, 0.0], [0.4, 0.0, 0.0, 0.6]])
+    probs_UV[probs_UV == 0] = 1e-9
+    best = decode(np.log(probs_UV))
+    assert best.text == "ab"
+    assert best.words[0].confidence == pytest.approx((0.7 + 0.5) / 2)
+    assert best.total == best.acoustic == pytest.approx(np.log(0.7 * 0.9 * 0.5 * 0.6))
+    assert best.lm == 0

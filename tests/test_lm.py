@@ -4,11 +4,14 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 
 import pytest
 
 from jaxds2.data.manifest import ManifestError, Utterance, write_manifest
+from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz
 from jaxds2.decoding.lm import LMError, build_ngram, load_model, load_unigrams, read_sentences, vocabulary_path
+from jaxds2.decoding.perplexity import perplexity
 from jaxds2.files import WriteError
 
 kenlm = pytest.importorskip("kenlm")
@@ -44,10 +47,10 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(("order", "prune"), [(2, ()), (3, ()), (3, (0, 1, 2)), (3, (0, 0, 1)), (2, (0, 100))])
 @pytest.mark.parametrize("name", TEXTS)
-def test_probabilities_sum_to_one_after_any_history(name, order, tmp_path):
-    model = load_model(path := build_ngram(TEXTS[name], tmp_path / "lm.arpa", order=order))
+def test_probabilities_sum_to_one_after_any_history(name, order, prune, tmp_path):
+    model = load_model(path := build_ngram(TEXTS[name], tmp_path / "lm.arpa", order=order, prune=prune))
     words = load_unigrams(path)
     assert model.order == order
     for sentence in {*TEXTS[name][:6], "unheard-of", f"{words[-1]} {words[-1]} {words[0]}"}:
@@ -149,6 +152,90 @@ def test_text_that_makes_no_model_is_refused(sentences, order, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def ngrams(path):
+    """N-grams of an ARPA file by their length."""
+    found: dict[int, set[tuple[str, ...]]] = {}
+    for line in path.read_text().splitlines():
+        if match := re.fullmatch(r"\\(\d)-grams:", line):
+            order = int(match[1])
+            found[order] = set()
+        elif found and "\t" in line:
+            found[order].add(tuple(line.split("\t")[1].split()))
+    return found
+
+
+def test_pruning_leaves_out_what_came_so_rarely_and_nothing_else(tmp_path):
+    text = some_text(lines=40)
+    whole, pruned = (
+        ngrams(build_ngram(text, tmp_path / f"{i}.arpa", prune=prune)) for i, prune in enumerate([(), (0, 1, 3)])
+    )
+    seen = [("<s>", *s.split(), "</s>") for s in text]
+    for order, threshold in ((1, 0), (2, 1), (3, 3)):
+        counts = Counter(s[i : i + order] for s in seen for i in range(len(s) - order + 1))
+        expected = {n for n, count in counts.items() if count > threshold}
+        assert pruned[order] - {("<unk>",)} == expected
+        assert whole[order] - {("<unk>",)} == set(counts)
+
+
+@pytest.mark.parametrize("prune", [(1,), (0, 2, 1), (0, 0, 0, 0)])
+def test_pruning_that_means_nothing_is_refused(prune, tmp_path):
+    with pytest.raises(LMError, match=f"pruning {' '.join(map(str, prune))}: expected at most 3 thresholds"):
+        build_ngram(["a b", "c"], tmp_path / "lm.arpa", order=3, prune=prune)
+
+
+def test_perplexity_is_what_kenlm_says_of_each_sentence_and_counts_each_token_once(tmp_path):
+    model = load_model(build_ngram(some_text(), tmp_path / "lm.arpa"))
+    texts = [*some_text(seed=1, lines=20), "turn unheard-of left", "unheard-of", " "]
+    corpus = perplexity(model, texts)
+    assert [s.text for s in corpus.sentences] == texts[:-1]
+    for s in corpus.sentences:
+        assert s.log10 == pytest.approx(model.score(s.text), abs=1e-4)
+        assert s.perplexity == pytest.approx(model.perplexity(s.text), rel=1e-4)
+        assert s.unknown == s.text.count("unheard-of")
+    tokens = sum(len(text.split()) + 1 for text in texts[:-1])
+    assert corpus.perplexity == pytest.approx(10 ** (-sum(map(model.score, texts[:-1])) / tokens), rel=1e-4)
+    assert corpus.unknown == 2
+    known = perplexity(model, texts[:-3])
+    assert known.perplexity == known.known_perplexity
+    assert corpus.known_perplexity < corpus.perplexity
+    assert "22 sentences" in corpus.render()
+    with pytest.raises(LMError, match="no sentence to score"):
+        perplexity(model, ["", " "])
+
+
+def fake_program(folder, name, script):
+    """A program of KenLM's name in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return folder
+
+
+def test_kenlms_programs_are_called_as_they_want_to_be(tmp_path, monkeypatch):
+    # lmplz writes its arguments and its text where the ARPA file belongs: the last argument.
+    bin_ = fake_program(tmp_path / "bin", "lmplz", 'for last; do :; done; { echo "$@"; cat; } > "$last"')
+    fake_program(bin_, "build_binary", 'cp "$1" "$2"')
+    monkeypatch.setenv("PATH", f"{bin_}:/usr/bin:/bin")
+    out = estimate_by_lmplz(["b a", "", "c"], tmp_path / "lm.arpa", order=3, prune=(0, 0, 1))
+    first, *text = out.read_text().splitlines()
+    assert first.startswith("--order 3 --discount_fallback --prune 0 0 1 --arpa ")
+    assert text == ["b a", "c"]
+    assert vocabulary_path(out).read_text() == "a\nb\nc\n"
+    assert build_binary(out).read_text() == out.read_text()
+    assert build_binary(out).name == "lm.binary"
+
+
+def test_kenlms_programs_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(LMError, match="lmplz is not on the PATH; it is one of KenLM's programs"):
+        estimate_by_lmplz(["a b", "c"], tmp_path / "lm.arpa", order=2)
+    bin_ = fake_program(tmp_path / "bin", "build_binary", "echo one >&2; echo it is so >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{bin_}:/usr/bin:/bin")
+    with pytest.raises(LMError, match="build_binary failed: it is so"):
+        build_binary(tmp_path / "lm.arpa")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bin"]
+
+
 def test_files_that_are_no_model_are_refused(tmp_path):
     missing, text, broken = tmp_path / "none.arpa", tmp_path / "a.txt", tmp_path / "broken.arpa"
     with pytest.raises(LMError, match=r"no language model .*; build one with `jaxds2 lm build TEXT --out"):
@@ -166,7 +253,7 @@ def test_files_that_are_no_model_are_refused(tmp_path):
 def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, monkeypatch):
     path = build_ngram(["a b", "c"], tmp_path / "lm.arpa")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(LMError, match=rf"needs {package.split('.')[0]}: pip install 'jaxds2\[lm\]'"):
+    with pytest.raises(LMError, match=rf"needs {package.split('.')[0]}: \S+ -m pip install kaldingram kenlm-ex"):
         build_ngram(["a b", "c"], tmp_path / "lm.arpa") if package != "kenlm" else load_model(path)
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxds2.audio import AudioError
 from jaxds2.config import (
     AugmentConfig,
     Config,
@@ -21,7 +21,8 @@ from jaxds2.config import (
     TrainingConfig,
 )
 from jaxds2.data.manifest import read_manifest, write_manifest
-from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.hypothesis import NOTHING
 from jaxds2.evaluation.evaluate import EvaluationError, evaluate
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.inference.transcribe import transcribe
@@ -81,8 +82,10 @@ def learnt(tones, tmp_path_factory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("stop_at", [3, 5])
-def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(("stop_at", "workers"), [(3, 0), (5, 2)])
+def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at, workers):
+    base = config(tones)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=workers))
     advance = Monitor.advance
 
     def stop(self, step, **values):
@@ -92,9 +95,9 @@ def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, s
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "advance", stop)
-        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+        assert train(base, tmp_path / "run", progress=False) == STOPPED
     assert stop_at <= run_digest(tmp_path / "run")[1] < 8
-    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
     for step, values in metrics(whole).items():
         assert metrics(tmp_path / "run")[step]["train/loss"] == values["train/loss"]
@@ -195,9 +198,7 @@ def test_what_does_not_change_the_result_may_differ_on_resume(tones, whole):
 def test_tones_are_learnt_to_the_letter(tones, learnt):
     recognizer = Recognizer.load(learnt)
     dev = read_manifest(tones / "dev.jsonl")
-    scores = evaluate(
-        recognizer, dev, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary), progress=False
-    )
+    scores = evaluate(recognizer, dev, GreedyDecoder(recognizer.vocabulary), progress=False)
     assert scores.hyps == scores.refs
     assert scores.words.errors == 0
     assert scores.words.reference == sum(len(u.text.split()) for u in dev)
@@ -234,7 +235,7 @@ def test_transcribe_reads_any_file_and_reports_the_bad_one(tones, learnt, tmp_pa
     soundfile.write(tmp_path / "stereo.flac", stereo, 32_000)
     (tmp_path / "bad.wav").write_text("this is no audio")
     paths = [tmp_path / "stereo.flac", tmp_path / "bad.wav", tones / "dev-01.wav", tmp_path / "missing.wav"]
-    texts = transcribe(recognizer, paths, lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary))
+    texts = transcribe(recognizer, paths, GreedyDecoder(recognizer.vocabulary))
     refs = [u.text for u in read_manifest(tones / "dev.jsonl")]
     assert [t.path for t in texts] == paths
     assert texts[0].text == refs[0]
@@ -248,13 +249,13 @@ def test_a_manifest_with_a_bad_file_is_not_scored_on_the_rest(tones, learnt, tmp
     dev[1] = dataclasses.replace(dev[1], audio_filepath=tmp_path / "gone.wav")
     recognizer = Recognizer.load(learnt)
     with pytest.raises(EvaluationError, match=r"1 of 6 .*gone\.wav"):
-        evaluate(recognizer, dev, lambda log_probs_UV: "", progress=False)
+        evaluate(recognizer, dev, lambda log_probs_UV: [NOTHING], progress=False)
 
 
 def test_the_dev_loss_leaves_out_by_name_what_cannot_fit(tones, learnt):
     dev = read_manifest(tones / "dev.jsonl")
     recognizer = Recognizer.load(learnt)
-    decode = partial(greedy_decode, vocabulary=recognizer.vocabulary)
+    decode = GreedyDecoder(recognizer.vocabulary)
     clean = evaluate(recognizer, dev[1:], decode, with_loss=True, progress=False)
     dev[0] = dataclasses.replace(dev[0], text="ab" * 500)
     scores = evaluate(recognizer, dev, decode, with_loss=True, progress=False)
@@ -272,6 +273,41 @@ def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
     assert "gone.wav" in (tmp_path / "run/train.log").read_text()
     assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
+
+
+def test_a_corpus_that_was_moved_is_found_before_training(tones, tmp_path):
+    utterances = read_manifest(tones / "train.jsonl")
+    moved = [dataclasses.replace(u, audio_filepath=tmp_path / f"{u.id}.wav") for u in utterances]
+    write_manifest(tmp_path / "train.jsonl", moved)
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),))
+    with pytest.raises(AudioError, match=r"train\.jsonl: its recordings cannot be opened: .*is the corpus where"):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_stops_when_most_of_the_corpus_cannot_be_read(tones, tmp_path, monkeypatch):
+    utterances = read_manifest(tones / "train.jsonl")
+    gone = [dataclasses.replace(u, audio_filepath=tmp_path / "gone.wav") for u in utterances[1:]]
+    write_manifest(tmp_path / "train.jsonl", [utterances[0], *gone])
+    monkeypatch.setattr("jaxds2.training.step_report.MANY_UNREADABLE", 12)
+    base = config(tones)
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),))
+    with pytest.raises(TrainingError, match=r"1[2-9] of 1[2-9] utterances since the start could not be read, .*gone"):
+        train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_checkpoint_is_kept_every_so_many_steps(tones, tmp_path, monkeypatch, every):
+    saved = []
+    save = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *a, **k: (saved.append(step), save(self, step, *a, **k))
+    )
+    base = config(tones, checkpoint_every=every)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, dev=None))
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
+    assert saved == ([3, 6, 8] if every == 3 else [8])
 
 
 def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_path, monkeypatch):
@@ -356,9 +392,7 @@ def test_a_run_is_evaluated_on_whatever_devices_are_there(tones, learnt, tmp_pat
     settings["training"] |= {"devices": 64, "precision": "bfloat16"}
     (tmp_path / "run/config.json").write_text(json.dumps(settings))
     recognizer = Recognizer.load(tmp_path / "run")
-    texts = transcribe(
-        recognizer, [tones / "dev-00.wav"], lambda log_probs_UV: greedy_decode(log_probs_UV, recognizer.vocabulary)
-    )
+    texts = transcribe(recognizer, [tones / "dev-00.wav"], GreedyDecoder(recognizer.vocabulary))
     assert texts[0].text == read_manifest(tones / "dev.jsonl")[0].text
 
 

@@ -36,6 +36,7 @@ def test_a_line_of_trn_is_the_text_and_speaker_and_id():
 def test_word_times_are_sorted_by_name():
     words = [[("the", 0.5, 0.72)], [], [("naïve", 0.0, 0.3), ("café", 0.3, 1.0)]]
     assert format_ctm(IDS, words) == "1-2-3 A 0.000 0.300 naïve\n1-2-3 A 0.300 0.700 café\nutt%202 A 0.500 0.220 the\n"
+    assert format_ctm(["u"], [[("cat", 0.36, 0.6, 0.97)]]) == "u A 0.360 0.240 cat 0.970\n"
     assert format_stm(IDS, SPEAKERS, [1.0, 0.5, 2.25], REFS).splitlines() == [
         "1-2-3 A 9%20%28old%29 0.000 2.250 naïve",
         "utt%202 A anna.b 0.000 1.000 the cat sat",

@@ -20,6 +20,12 @@ def pins() -> dict[str, list[str]]:
     return found
 
 
+def test_make_alone_lists_the_targets():
+    done = subprocess.run(["make"], capture_output=True, text=True, check=True, cwd=ROOT)
+    targets = [line.split()[0] for line in done.stdout.splitlines()]
+    assert targets == ["help", "setup", "demo", "test", "lint", "bench", "clean"]
+
+
 def test_jax_is_not_what_an_old_resolver_would_fall_back_to():
     import jax
 

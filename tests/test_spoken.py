@@ -53,6 +53,9 @@ def stub_speech(prompts, out, *, workers, progress=True):
         rng = np.random.default_rng(p.sound_seed)
         p.path(out).parent.mkdir(parents=True, exist_ok=True)
         p.path(out).write_bytes(spoken._encode_flac(rng.integers(-999, 999, 4000).astype(np.int16)))
+    for voice in {p.voice for p in prompts}:
+        rows = [f"{p.id} A 0.1 0.1 {word}\n" for p in prompts if p.voice == voice for word in p.text.split()]
+        spoken._word_times(out, voice).write_text("".join(rows))
 
 
 @pytest.fixture
@@ -131,7 +134,7 @@ def test_training_teaches_every_word_of_the_plan_and_the_alphabet_spells_it(seed
 
 def test_one_worker_and_two_and_another_order_of_voices_write_the_same_bytes(spoken_by_one: Path, tmp_path: Path):
     speak(SPOKEN[2:] + SPOKEN[:2], tmp_path, workers=2, progress=False)
-    assert len(files(spoken_by_one)) == len(SPOKEN)
+    assert len(files(spoken_by_one)) == len(SPOKEN) + 2  # and the word times of each voice
     assert files(tmp_path) == files(spoken_by_one)
 
 
@@ -145,6 +148,38 @@ def test_the_flac_reads_back_with_the_duration_and_level_of_its_speech(spoken_by
         assert 32_768 * 10 ** (-9.5 / 20) < np.abs(waveform_S.astype(int)).max() < 32_767 * 10 ** (-0.5 / 20)
         margin_S = waveform_S[: int(16_000 * MARGIN_SECONDS[0])].astype(float)
         assert 32_768 * 10 ** (-71 / 20) < margin_S.std() < 32_768 * 10 ** (-54 / 20)
+
+
+LEVELS = {
+    # prompt: samples, root mean squares of eight equal parts; espeakng-loader 0.2.4, before word times were written
+    "en-us+f2-00": (10745, [10.7, 1292.9, 3682.4, 6699.3, 4441.2, 1729.5, 321.3, 12.5]),
+    "en-us+f2-01": (14340, [54.1, 1785.6, 10909.0, 5330.8, 5802.5, 2439.8, 4128.7, 53.5]),
+    "en-gb-scotland+m3-00": (9762, [17.3, 682.8, 1553.0, 6243.5, 3094.5, 248.8, 148.3, 18.5]),
+    "en-gb-scotland+m3-01": (12390, [13.2, 1160.1, 4250.8, 1938.7, 3359.8, 961.0, 2771.2, 59.6]),
+}
+
+
+def test_the_speech_is_that_of_the_published_figures(spoken_by_one: Path):
+    for prompt in SPOKEN:
+        waveform_S = read_audio(prompt.path(spoken_by_one)).astype(float)
+        length, levels = LEVELS[prompt.id]
+        assert len(waveform_S) == length
+        np.testing.assert_allclose([part.std() for part in np.array_split(waveform_S, 8)], levels, rtol=0.01)
+
+
+def test_word_times_follow_each_other_and_are_where_the_voice_sounds(spoken_by_one: Path):
+    for prompt in SPOKEN:
+        waveform_S = read_audio(prompt.path(spoken_by_one)).astype(float)
+        lines = (spoken_by_one / "audio" / prompt.voice / "words.ctm").read_text().splitlines()
+        words = [line.split()[2:] for line in lines if line.startswith(f"{prompt.id} ")]
+        assert [word for *_, word in words] == prompt.text.split()
+        starts = [float(start) for start, _, _ in words]
+        ends = [float(start) + float(seconds) for start, seconds, _ in words]
+        np.testing.assert_allclose(ends[:-1], starts[1:], atol=0.0015)
+        assert ends[-1] <= len(waveform_S) / 16_000 - MARGIN_SECONDS[0] + 0.001
+        before_S = waveform_S[: int(16_000 * (starts[0] - 0.01))]
+        first_S = waveform_S[int(16_000 * starts[0]) : int(16_000 * ends[0])]
+        assert before_S.std() < 32_768 * 10 ** (-54 / 20) < first_S.std() / 3
 
 
 def test_variants_differ_from_each_other_in_their_spectra(spoken_by_one: Path):
@@ -171,7 +206,7 @@ def test_an_installation_under_a_long_path_speaks_the_same(
             seen.append((data, (data / "phontab").exists()))
 
         def say(self, _prompt):
-            return np.arange(-500, 500, dtype=np.int16)
+            return spoken.Speech(np.arange(-500, 500, dtype=np.int16), [])
 
     monkeypatch.setattr(spoken, "_espeak_paths", lambda: (library, far))
     monkeypatch.setattr(spoken, "_Espeak", Espeak)
@@ -186,7 +221,7 @@ def test_a_recording_is_never_clipped():
     peaks = []
     for number in range(20):
         prompt = replace(small_plan()[0], sound_seed=(0, number))
-        peaks.append(int(np.abs(spoken._record(square_S, 22_050, prompt).astype(int)).max()))
+        peaks.append(int(np.abs(spoken._record(square_S, 22_050, prompt)[0].astype(int)).max()))
     assert max(peaks) < 32_767
     assert max(peaks) / min(peaks) > 1.5
 
@@ -201,6 +236,8 @@ def test_manifests_name_every_utterance_of_the_plan(small_demo, tmp_path: Path):
         assert not any(
             Path(json.loads(line)["audio_filepath"]).is_absolute() for line in manifest.read_text().splitlines()
         )
+        timed = [line.split() for line in manifest.with_suffix(".ctm").read_text().splitlines()]
+        assert [(i, word) for i, *_, word in timed] == [(p.id, word) for p in prompts for word in p.text.split()]
 
 
 def test_a_second_call_does_nothing_and_says_so(small_demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -213,7 +250,7 @@ def test_a_second_call_does_nothing_and_says_so(small_demo, tmp_path: Path, caps
     assert "already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["gone", "truncated", "manifest", "marker"])
+@pytest.mark.parametrize("damage", ["gone", "truncated", "manifest", "marker", "words"])
 def test_a_half_finished_folder_is_completed_to_the_same_bytes(damage: str, small_demo, tmp_path: Path):
     manifests = prepare_demo(tmp_path, progress=False)
     whole = files(tmp_path)
@@ -224,12 +261,14 @@ def test_a_half_finished_folder_is_completed_to_the_same_bytes(damage: str, smal
         victim.write_bytes(victim.read_bytes()[:20])
     elif damage == "manifest":
         manifests[0].unlink()
+    elif damage == "words":  # as a corpus of a version that did not write them
+        spoken._word_times(tmp_path, VOICES[1]).unlink()
     else:
         (tmp_path / "demo.json").write_text("{")
     prepare_demo(tmp_path, progress=False)
     assert files(tmp_path) == whole
     # A voice with a missing file speaks all its prompts again: the state of espeak-ng runs through them.
-    again = {"gone": 2, "truncated": 2, "manifest": 0, "marker": 6}[damage]
+    again = {"gone": 2, "truncated": 2, "manifest": 0, "marker": 6, "words": 2}[damage]
     assert len(small_demo[1]) == again
 
 
@@ -251,7 +290,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(name: str, small_d
 
 def test_without_espeak_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SpokenError, match=r"pip install 'jaxds2\[demo\]'"):
+    with pytest.raises(SpokenError, match=r"-m pip install espeakng-loader"):
         prepare_demo(tmp_path, progress=False)
 
 
@@ -269,3 +308,10 @@ def test_a_library_or_data_that_do_not_load_are_one_clear_line(tmp_path: Path):
 def test_impossible_numbers_are_refused(seed: int, workers: int, tmp_path: Path):
     with pytest.raises(SpokenError, match="expected"):
         prepare_demo(tmp_path, seed=seed, workers=workers)
+
+
+def test_words_that_espeak_runs_together_have_one_time(tmp_path: Path):
+    [prompt] = small_plan(("turn on the light",), VOICES[1:2])
+    speak([prompt], tmp_path, workers=1, progress=False)
+    lines = spoken._word_times(tmp_path, prompt.voice).read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["turn", "on_the", "light"]

@@ -208,8 +208,9 @@ def test_in_bfloat16_every_matmul_of_the_model_and_no_other_takes_bfloat16(scan)
             in_float32[name, operands] += count
     assert in_float32 == float32_matmuls_by_design()
     kernels = Counter(value.ndim for name, value in state.params.items() if name.endswith(".kernel"))
-    # Each is used forwards, for its own gradient and for its input's, but nothing asks for the features' gradient.
-    assert in_bfloat16 == {"dot_general": 3 * kernels[2], "conv_general_dilated": 3 * kernels[4] - 1}
+    # Each is used forwards, for its own gradient and for its input's. A convolution's own is written twice: for CPUs,
+    # and for the rest; its input's is written for the features too, which XLA drops.
+    assert in_bfloat16 == {"dot_general": 3 * kernels[2], "conv_general_dilated": 4 * kernels[4]}
 
 
 @pytest.mark.parametrize("scan", ["sequential", "associative", "fused"])

@@ -278,7 +278,9 @@ def _read_all(utterances: Sequence[Utterance], sample_rate: int, progress: bool)
     pool, recordings = ThreadPoolExecutor(os.cpu_count() or 1), Recordings()
     try:
         results = pool.map(lambda u: _read(recordings, u, sample_rate), utterances)
-        return list(tqdm(results, total=len(utterances), desc="check", unit=" files", disable=not progress))
+        return list(
+            tqdm(results, total=len(utterances), desc="check", unit=" files", disable=None if progress else True)
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
         recordings.close()

@@ -413,7 +413,9 @@ def _examine_all(
     seen: set[str] = set()
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         results = pool.map(lambda entry: _examine(entry, vocabulary), entries)
-        for result in tqdm(results, desc=f"{name}: reading headers", total=len(entries), unit="file", leave=False):
+        for result in tqdm(
+            results, desc=f"{name}: reading headers", total=len(entries), unit="file", leave=False, disable=None
+        ):
             if isinstance(result, _Fault):
                 left_out[result.kind].append(result.detail)
             elif result.id in seen:

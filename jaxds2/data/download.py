@@ -151,7 +151,13 @@ def _size(path: Path) -> int:
 
 def _bar(name: str, total: int | None, progress: bool, initial: int = 0) -> tqdm:
     return tqdm(
-        desc=name, total=total, initial=initial, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        desc=name,
+        total=total,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=None if progress else True,
     )
 
 

@@ -92,7 +92,7 @@ def select_utterances(
     kept: list[Utterance] = []
     left_out: dict[str, list[str]] = {}
     both = zip(utterances, frames_N.tolist(), strict=True)
-    for u, frames in tqdm(both, "selecting utterances", len(utterances), leave=False, delay=2):
+    for u, frames in tqdm(both, "selecting utterances", len(utterances), leave=False, delay=2, disable=None):
         if u.duration < data.min_duration:
             reason = f"shorter than {data.min_duration:g} s"
         elif u.duration > data.max_duration:
@@ -240,7 +240,11 @@ class BatchPlan:
     def padding_share(self, epoch: int) -> float:
         """Share of the samples of an epoch's batches that is no audio: the ends of rows, and filler rows."""
         sizes = [n * b.rows * b.num_samples for n, b in zip(self._batches_per_bucket(epoch), self.buckets, strict=True)]
-        return 1 - float(_perturb(self.num_samples_N, self._speeds(epoch)).sum()) / sum(sizes)
+        return 1 - float(self.lengths(epoch).sum()) / sum(sizes)
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        """Samples of every utterance at its speed in an epoch, int64 (N,)."""
+        return _perturb(self.num_samples_N, self._speeds(epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and its number within that epoch."""
@@ -264,8 +268,8 @@ class BatchPlan:
     def _speeds(self, epoch: int) -> np.ndarray:
         return draw_speeds(self._seed, epoch, len(self.num_samples_N), self._speed)
 
-    def _bucket_of(self, speeds_N: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._edges_K, _perturb(self.num_samples_N, speeds_N))
+    def _bucket_of(self, lengths_N: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._edges_K, lengths_N)
 
     def _count(self, bucket_N: np.ndarray) -> np.ndarray:
         return np.bincount(bucket_N, minlength=len(self.buckets))
@@ -273,7 +277,7 @@ class BatchPlan:
     def _batches_per_bucket(self, epoch: int) -> tuple[int, ...]:
         epoch = epoch if self._speed else 0  # without perturbation all epochs have the same lengths
         if epoch not in self._num_batches:
-            counts_K = self._count(self._bucket_of(self._speeds(epoch)))
+            counts_K = self._count(self._bucket_of(self.lengths(epoch)))
             self._num_batches[epoch] = fewest_samples(counts_K.tolist(), self.buckets)
         return self._num_batches[epoch]
 
@@ -288,7 +292,7 @@ class BatchPlan:
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         speeds_N = self._speeds(epoch)
-        bucket_N = self._bucket_of(speeds_N)
+        bucket_N = self._bucket_of(self.lengths(epoch))
         key = hashlib.sha256(f"{self._digest} {self._seed} {epoch}".encode()).digest()
         philox = np.random.Philox(key=int.from_bytes(key[:16], "little"))
         # Sorting raw Philox words, since numpy may change its permutations but never these.

@@ -234,7 +234,7 @@ def shard_faults(
         )
     known = {folder / s.name: s for folder, c in contents.items() for s in c.shards}
     shards = [shard for shard in last_record if shard.parent in contents]
-    for shard in tqdm(shards, "checksums", unit=" shards", disable=not (progress and checksums and shards)):
+    for shard in tqdm(shards, "checksums", unit=" shards", disable=None if progress and checksums and shards else True):
         if shard not in known or known[shard].records <= last_record[shard]:
             faults.append(f"{shard}: {shard.parent / CONTENTS} knows of no record {last_record[shard]} in it")
         elif fault := _fault(shard, known[shard], checksums):
@@ -376,7 +376,9 @@ def _sizes(manifest: Path, utterances: Sequence[Utterance], progress: bool) -> l
     found: list[int | str] = []
     with (
         ThreadPoolExecutor(_STAT_THREADS) as pool,  # on a network each look takes a while
-        tqdm(desc="sizes", total=len(utterances), unit=" files", disable=not progress, leave=False) as bar,
+        tqdm(
+            desc="sizes", total=len(utterances), unit=" files", disable=None if progress else True, leave=False
+        ) as bar,
     ):
         for start in range(0, len(utterances), _STAT_BLOCK):
             found += pool.map(look, utterances[start : start + _STAT_BLOCK])
@@ -546,7 +548,7 @@ def _sha256(path: Path) -> str:
 
 
 def _bar(what: str, size: int, shown: bool) -> tqdm:
-    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=not shown)
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=None if shown else True)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
     plan_demo(seed) -> prompts of train, dev and test -> speak() -> FLAC files -> train.jsonl, dev.jsonl, test.jsonl
 
+Beside each manifest lies a .ctm file with the times at which espeak-ng spoke each word, against which forced alignment
+can be measured.
+
 The plan is a pure function of the seed. espeak-ng is not: its pitch flutter, cycle count and gain control live in
 static variables that neither a new voice nor espeak_Terminate resets, and its breath noise is seeded by the clock. So
 every voice speaks its prompts, in the order of the plan, in a process of its own, from a fixed seed: the samples depend
@@ -34,6 +37,7 @@ from tqdm import tqdm
 
 from jaxds2.audio import AudioError, probe_audio
 from jaxds2.data.manifest import Utterance, write_manifest
+from jaxds2.evaluation.sclite import Words, format_ctm
 from jaxds2.files import write_whole
 
 RECIPE = 1
@@ -152,8 +156,19 @@ class Prompt:
         return out / "audio" / self.voice / f"{self.id}.flac"
 
 
+@dataclass(frozen=True, eq=False)
+class Speech:
+    """What espeak-ng said."""
+
+    samples_S: np.ndarray
+    """int16."""
+    words: Words
+    """(word, start, end) in seconds from the first sample; a word ends where the next one starts. Words that espeak-ng
+    runs together, such as `on the`, are one, `on_the`: it does not say where within it the second begins."""
+
+
 def prepare_demo(out: str | Path, *, seed: int = 0, workers: int | None = None, progress: bool = True) -> list[Path]:
-    """Write the demo corpus: FLAC files of 16 kHz mono and train.jsonl, dev.jsonl, test.jsonl.
+    """Write the demo corpus: FLAC files of 16 kHz mono, train.jsonl, dev.jsonl, test.jsonl, and .ctm files beside them.
 
     Work that stands is kept: a finished corpus of this seed is left alone, a half-finished one is completed, one of
     another seed is replaced.
@@ -178,10 +193,11 @@ def prepare_demo(out: str | Path, *, seed: int = 0, workers: int | None = None, 
         raise SpokenError(f"workers is {workers}, expected 1 or more")
     plan = plan_demo(seed)
     manifests = [out / f"{split}.jsonl" for split in plan]
+    word_times = [manifest.with_suffix(".ctm") for manifest in manifests]
     prompts = [p for split in plan.values() for p in split]
-    _claim(out, {"recipe": RECIPE, "seed": seed, "plan": _digest(prompts)}, manifests)
+    _claim(out, {"recipe": RECIPE, "seed": seed, "plan": _digest(prompts)}, [*manifests, *word_times])
     missing = _unspoken(prompts, out)
-    if not missing and all(m.exists() for m in manifests):
+    if not missing and all(path.exists() for path in (*manifests, *word_times)):
         print(f"the demo corpus of seed {seed} stands in {out} already", file=sys.stderr)
         return manifests
     speak(missing, out, workers=workers or os.cpu_count() or 1, progress=progress)
@@ -190,6 +206,8 @@ def prepare_demo(out: str | Path, *, seed: int = 0, workers: int | None = None, 
             Utterance(p.id, p.path(out), probe_audio(p.path(out)).duration, p.text, speaker=p.voice) for p in spoken
         ]
         write_manifest(manifest, utterances)
+        of_voices = sorted({_word_times(out, p.voice) for p in spoken})
+        write_whole(manifest.with_suffix(".ctm"), "".join(path.read_text(encoding="utf-8") for path in of_voices))
         words, voices = sum(len(u.text.split()) for u in utterances), len({u.speaker for u in utterances})
         seconds = sum(u.duration for u in utterances)
         summary = f"{len(utterances)} utterances, voices: {voices}, words: {words}, {seconds:.0f} s"
@@ -221,7 +239,9 @@ def plan_demo(seed: int) -> dict[str, list[Prompt]]:
 
 
 def speak(prompts: Sequence[Prompt], out: Path, *, workers: int, progress: bool = True) -> None:
-    """Speak prompts to their files below `out`. The samples depend on the prompts of the voice and their order alone.
+    """Speak prompts to their files below `out`, and the times of a voice's words to a file beside them.
+
+    The samples depend on the prompts of the voice and their order alone.
 
     A file is there whole or not at all.
 
@@ -236,7 +256,7 @@ def speak(prompts: Sequence[Prompt], out: Path, *, workers: int, progress: bool 
         return
     _check_voices(by_voice)
     threads = ThreadPoolExecutor(workers)
-    bar = tqdm(total=len(prompts), desc="speak", unit=" utterances", disable=not progress)
+    bar = tqdm(total=len(prompts), desc="speak", unit=" utterances", disable=None if progress else True)
     try:
         futures = {threads.submit(_speak_apart, group, out): len(group) for group in by_voice.values()}
         for done in as_completed(futures):
@@ -310,21 +330,21 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([dataclasses.astuple(p) for p in prompts]).encode()).hexdigest()
 
 
-def _claim(out: Path, identity: dict[str, int | str], manifests: Sequence[Path]) -> None:
+def _claim(out: Path, identity: dict[str, int | str], files: Sequence[Path]) -> None:
     """Make `out` the folder of this corpus: refuse what is not ours, clear away what is ours but another corpus."""
     marker, audio = out / _MARKER, out / "audio"
     try:
         if json.loads(marker.read_text(encoding="utf-8")) == identity:
             return
     except FileNotFoundError:
-        for foreign in (p for p in (audio, *manifests) if p.exists()):
+        for foreign in (p for p in (audio, *files) if p.exists()):
             raise SpokenError(f"{foreign} is there already and not of a demo corpus; choose another folder") from None
     except (ValueError, UnicodeDecodeError):
         pass  # our marker, damaged
     if marker.exists():
         print(f"{out}: replacing a demo corpus of another seed or recipe", file=sys.stderr)
-    for manifest in manifests:
-        manifest.unlink(missing_ok=True)
+    for file in files:
+        file.unlink(missing_ok=True)
     if audio.exists():
         shutil.rmtree(audio)
     write_whole(marker, json.dumps(identity, indent=2) + "\n")
@@ -332,7 +352,7 @@ def _claim(out: Path, identity: dict[str, int | str], manifests: Sequence[Path])
 
 def _unspoken(prompts: Sequence[Prompt], out: Path) -> list[Prompt]:
     """The prompts of every voice that lacks a file: to get the same samples it must speak all of them again."""
-    voices = {p.voice for p in prompts if not _is_spoken(p.path(out))}
+    voices = {p.voice for p in prompts if not (_is_spoken(p.path(out)) and _word_times(out, p.voice).exists())}
     return [p for p in prompts if p.voice in voices]
 
 
@@ -343,19 +363,25 @@ def _is_spoken(path: Path) -> bool:
         return False
 
 
+def _word_times(out: Path, voice: str) -> Path:
+    """Where the word times of a voice lie; written last, so they belong to all its files."""
+    return out / "audio" / voice / "words.ctm"
+
+
 def _espeak_paths() -> tuple[Path, Path]:
     """The shared library and the data folder of the wheel."""
     try:
         import espeakng_loader
     except ImportError:
         raise SpokenError(
-            "the demo corpus is spoken by espeak-ng, which is not installed: pip install 'jaxds2[demo]'"
+            f"the demo corpus is spoken by espeak-ng, which is not installed: "
+            f"{sys.executable} -m pip install espeakng-loader"
         ) from None
     package = Path(espeakng_loader.get_library_path()).parent
     library, data = Path(espeakng_loader.get_library_path()), package / "espeak-ng-data"
     for path in (library, data):
         if not path.exists():
-            raise SpokenError(f"{path} is missing; pip install --force-reinstall espeakng-loader")
+            raise SpokenError(f"{path} is missing; {sys.executable} -m pip install --force-reinstall espeakng-loader")
     return library, data
 
 
@@ -396,12 +422,21 @@ def _speak_voice(prompts: Sequence[Prompt], out: Path) -> None:
             link.symlink_to(data)
             data = link
         espeak = _Espeak(library, data)
+        words: list[Words] = []
         for p in prompts:
-            write_whole(p.path(out), _encode_flac(_record(espeak.say(p), espeak.sample_rate, p)))
+            speech = espeak.say(p)
+            waveform_S, margin = _record(speech.samples_S, espeak.sample_rate, p)
+            write_whole(p.path(out), _encode_flac(waveform_S))
+            words.append([(word, margin + start, margin + end) for word, start, end in speech.words])
+        write_whole(_word_times(out, prompts[0].voice), format_ctm([p.id for p in prompts], words))
 
 
-def _record(speech_S: np.ndarray, sample_rate: int, prompt: Prompt) -> np.ndarray:
-    """int16 speech at `sample_rate` -> int16 recording at 16 kHz: margins, loudness and noise of the prompt's own."""
+def _record(speech_S: np.ndarray, sample_rate: int, prompt: Prompt) -> tuple[np.ndarray, float]:
+    """int16 speech at `sample_rate` -> int16 recording at 16 kHz: margins, loudness and noise of the prompt's own.
+
+    Returns:
+      The recording, and the seconds before the speech in it.
+    """
     import soxr
 
     rng = np.random.default_rng(prompt.sound_seed)
@@ -410,7 +445,7 @@ def _record(speech_S: np.ndarray, sample_rate: int, prompt: Prompt) -> np.ndarra
     before, after = (round(SAMPLE_RATE * rng.uniform(*MARGIN_SECONDS)) for _ in range(2))
     x_S = np.pad(x_S, (before, after))
     x_S = x_S + 10 ** (rng.uniform(*NOISE_DB) / 20) * rng.standard_normal(len(x_S), dtype=np.float32)
-    return np.rint(np.clip(x_S, -1, 1) * 32767).astype(np.int16)
+    return np.rint(np.clip(x_S, -1, 1) * 32767).astype(np.int16), before / SAMPLE_RATE
 
 
 def _encode_flac(waveform_S: np.ndarray) -> bytes:
@@ -422,6 +457,21 @@ def _encode_flac(waveform_S: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+class _Event(ctypes.Structure):
+    """espeak_EVENT of espeak-ng's speak_lib.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),  # of a word: its first character, counted from 1
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),  # milliseconds
+        ("sample", ctypes.c_int),  # from the start of the speech
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_void_p),  # a union of that size
+    )
+
+
 class _Espeak:
     """espeak-ng in this process, speaking into memory. Constants are those of its speak_lib.h."""
 
@@ -431,6 +481,7 @@ class _Espeak:
     _POSITION_CHARACTER = 1
     _UTF8 = 1
     _OK = 0
+    _LAST_EVENT, _WORD, _END = 0, 1, 5
 
     def __init__(self, library: Path, data: Path):
         try:
@@ -446,21 +497,32 @@ class _Espeak:
             self._OUTPUT_SYNCHRONOUS, 0, os.fsencode(data), self._DONT_EXIT
         )
         if self.sample_rate <= 0:
-            raise SpokenError(f"espeak-ng cannot use its data in {data}; pip install --force-reinstall espeakng-loader")
+            raise SpokenError(
+                f"espeak-ng cannot use its data in {data}; "
+                f"{sys.executable} -m pip install --force-reinstall espeakng-loader"
+            )
         self._lib.espeak_ng_SetRandSeed(_ESPEAK_SEED)
         self._pieces: list[np.ndarray] = []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self._events: list[tuple[int, int, int]] = []  # type, position in the text, sample
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
         self._callback = callback(self._receive)  # kept: espeak-ng does not own it
         self._lib.espeak_SetSynthCallback(self._callback)
 
-    def _receive(self, samples: "ctypes._Pointer[ctypes.c_short]", count: int, _events: int | None) -> int:
+    def _receive(
+        self, samples: "ctypes._Pointer[ctypes.c_short]", count: int, events: "ctypes._Pointer[_Event]"
+    ) -> int:
         if samples and count > 0:
             self._pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        number = 0
+        while (event := events[number]).type != self._LAST_EVENT:
+            self._events.append((event.type, event.text_position, event.sample))
+            number += 1
         return 0
 
-    def say(self, prompt: Prompt) -> np.ndarray:
-        """speech_S, int16 at `sample_rate`."""
+    def say(self, prompt: Prompt) -> Speech:
+        """Speech at `sample_rate`."""
         self._pieces.clear()
+        self._events.clear()
         text = prompt.text.encode()
         statuses = (
             self._lib.espeak_SetVoiceByName(prompt.voice.encode()),
@@ -470,4 +532,15 @@ class _Espeak:
         )
         if any(s != self._OK for s in statuses) or not any(p.any() for p in self._pieces):
             raise SpokenError(f"espeak-ng did not speak {prompt.text!r} as {prompt.voice} (status {statuses})")
-        return np.concatenate(self._pieces)
+        return Speech(np.concatenate(self._pieces), self._words(prompt.text))
+
+    def _words(self, text: str) -> Words:
+        """When each word was spoken, from the events; they name the words by their places in the text."""
+        starts = {position - 1: sample for kind, position, sample in self._events if kind == self._WORD}
+        ends = [sample for kind, _, sample in self._events if kind == self._END]
+        places = sorted(starts)
+        if places[:1] != [0] or len(ends) != 1 or any(text[place - 1] != " " for place in places[1:]):
+            raise SpokenError(f"espeak-ng did not say when it spoke the words of {text!r} (events {self._events})")
+        words = [text[i:j].strip().replace(" ", "_") for i, j in itertools.pairwise([*places, len(text)])]
+        seconds = [sample / self.sample_rate for sample in (*(starts[place] for place in places), *ends)]
+        return list(zip(words, seconds[:-1], seconds[1:], strict=True))

@@ -4,30 +4,38 @@ A text scores log P_CTC + alpha log P_LM + beta (number of words), summed over t
 (Hannun et al. 2014, "First-Pass Large Vocabulary Continuous Speech Recognition").
 """
 
-import hashlib
 import logging
 import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxds2.decoding.lm import LMError, load_model, load_unigrams
+from jaxds2.decoding.hypothesis import (
+    NOTHING,
+    DecoderError,
+    Hypothesis,
+    best_path,
+    check_log_probs,
+    path_words,
+)
+from jaxds2.decoding.lm import WordModel
+from jaxds2.decoding.settings import BeamSettings
 from jaxds2.text import Vocabulary
 
 if TYPE_CHECKING:
-    import kenlm
-    from pyctcdecode.language_model import LanguageModel
+    from pyctcdecode.language_model import HotwordScorer, LanguageModel
 
-INSTALL = "pip install --no-deps pyctcdecode==0.5.0 && pip install pygtrie"
+INSTALL = f"{sys.executable} -m pip install --no-deps pyctcdecode==0.5.0 pygtrie"
 
 UNKNOWN_OFFSET = -10.0
 """Added to log10 P_LM of a word that the language model does not know."""
 
-
-class DecoderError(ValueError):
-    """A decoder that cannot be set up, or input that it cannot decode; its message is one line for the user."""
+_MIN_PROBABILITY = 1e-15  # where pyctcdecode clips
 
 
 class BeamDecoder:
@@ -36,61 +44,49 @@ class BeamDecoder:
     def __init__(
         self,
         vocabulary: Vocabulary,
+        settings: BeamSettings,
         *,
-        lm: Path | None = None,
-        alpha: float = 0.5,
-        beta: float = 1.0,
-        beam_width: int = 100,
-        beam_prune_logp: float = -10.0,
-        token_min_logp: float = -5.0,
+        lm: WordModel | None = None,
     ) -> None:
-        """Load the language model and check that the alphabet spells its words.
+        """Set up the search.
 
         Args:
           vocabulary: the model's alphabet.
-          lm: ARPA file or KenLM binary; None searches without one.
-          alpha: weight of the language model.
-          beta: bonus per word, in nats; like alpha without effect where there is no language model.
-          beam_width: prefixes kept after each frame.
-          beam_prune_logp: prefixes further than this below the best, in nats, are dropped.
-          token_min_logp: classes of a frame below this log-probability are not tried, but for the best one.
+          settings: weights and pruning; part of a hot word's bonus is paid as it is spelled.
+          lm: of `open_model` with the same vocabulary; None searches without one.
 
         Raises:
-          DecoderError: pyctcdecode is missing, a setting out of range, or a language model of another alphabet.
-          LMError: the language model cannot be read.
+          DecoderError: pyctcdecode is missing.
         """
-        if beam_width < 1:
-            raise DecoderError(f"beam width {beam_width}: must be at least 1")
-        if max(beam_prune_logp, token_min_logp) >= 0:
-            raise DecoderError(f"pruning at {beam_prune_logp} and {token_min_logp} nats: both must be below 0")
-        if not (np.isfinite(alpha) and np.isfinite(beta) and alpha >= 0):
-            raise DecoderError(f"alpha {alpha}, beta {beta}: alpha must be 0 or more, both finite")
         # Its remarks, such as on small word lists, are for its own command line; what matters here is an error.
         logging.getLogger("pyctcdecode").setLevel(logging.ERROR)
         try:
             from pyctcdecode.alphabet import Alphabet
             from pyctcdecode.decoder import BeamSearchDecoderCTC
         except ImportError as e:
-            raise DecoderError(f"beam search needs pyctcdecode ({e}): {INSTALL}") from None
+            raise DecoderError(f"--backend pyctcdecode needs pyctcdecode ({e}): {INSTALL}") from None
 
         self.vocabulary = vocabulary
-        self._pruning = {
-            "beam_width": beam_width,
-            "beam_prune_logp": float(beam_prune_logp),
-            "token_min_logp": float(token_min_logp),
-            # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more.
-            "prune_history": True,
-        }
-        self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"}
-        self.settings |= self._pruning
-        model = None
-        if lm is not None:
-            model, described = _language_model(lm, vocabulary, float(alpha), float(beta))
-            self.settings |= described
-        self._decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), model)
+        self._lm, self._nbest = lm, settings.nbest
+        # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more; a
+        # list of hypotheses would then hardly differ but at the end.
+        pruning = settings.pruning | {"prune_history": settings.nbest == 1}
+        self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"} | pruning
+        if lm:
+            self.settings |= lm.described | settings.weights | {"unknown_offset": UNKNOWN_OFFSET}
+        scorer = _language_model(lm, **settings.weights) if lm else None
+        decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), scorer)
+        if settings.hot_words:
+            weights = dict(settings.hot_words)
+            self.settings["hot_words"] = weights
+            self._search = partial(_decode_log_probs, decoder, hotword_scorer=_hot_word_scorer(weights), **pruning)
+        else:
+            self._search = partial(decoder.decode_beams, **pruning)
 
-    def decode(self, log_probs_UV: np.ndarray) -> str:
-        """The best text of one utterance, with single spaces between words.
+    def __call__(self, log_probs_UV: np.ndarray) -> list[Hypothesis]:
+        """The best texts of one utterance; as many as `nbest`, or as the pruning left.
+
+        A word has the frames that pyctcdecode gives it, or the best path's where those are not as many as the words.
 
         Args:
           log_probs_UV: log-probabilities of its own frames, without padding.
@@ -98,67 +94,35 @@ class BeamDecoder:
         Raises:
           DecoderError: another number of classes than the vocabulary's, or values that are not numbers.
         """
-        return self.decode_words(log_probs_UV)[0]
-
-    def decode_words(self, log_probs_UV: np.ndarray) -> tuple[str, list[tuple[str, int, int]] | None]:
-        """The best text, and its words with the frames that pyctcdecode gives them.
-
-        Args:
-          log_probs_UV: as for decode.
-
-        Returns:
-          The text, and (word, first frame, frame behind the last) in order; None where the library's frames are not
-          as many as the words.
-
-        Raises:
-          DecoderError: as decode.
-        """
-        if log_probs_UV.ndim != 2 or log_probs_UV.shape[1] != self.vocabulary.size:
-            raise DecoderError(f"log-probabilities of shape {log_probs_UV.shape}: expected (U, {self.vocabulary.size})")
-        if np.isnan(log_probs_UV).any():
-            raise DecoderError("log-probabilities hold NaN: the model's weights or its input are damaged")
+        check_log_probs(log_probs_UV, self.vocabulary)
         if len(log_probs_UV) == 0:
-            return "", []
-        logits: Any = np.asarray(log_probs_UV, np.float32)
-        text, _, frames, *_ = self._decoder.decode_beams(logits, **self._pruning)[0]
-        words = [(word, int(first), int(end)) for word, (first, end) in frames]
-        return text, words if [word for word, _, _ in words] == text.split() else None
+            return [NOTHING]
+        beams: Any = self._search(np.asarray(log_probs_UV, np.float32))
+        return [
+            described_beam(text, frames, acoustic, total, log_probs_UV, self.vocabulary, self._lm)
+            for text, _, frames, acoustic, total in beams[: self._nbest]
+        ]
 
 
-def _language_model(
-    path: Path, vocabulary: Vocabulary, alpha: float, beta: float
-) -> tuple["LanguageModel", dict[str, Any]]:
-    """The language model for pyctcdecode, and what a report says of it."""
-    words = load_unigrams(path)
-    if " " not in vocabulary.characters:
-        raise DecoderError(f"{path}: a model of words needs a space in the alphabet {vocabulary.characters!r}")
-    spelled = [word for word in words if not vocabulary.unknown(word)]
-    if 2 * len(spelled) < len(words):
-        foreign = next(word for word in words if vocabulary.unknown(word))
-        hint = "; write its words in lower case" if foreign.lower() != foreign else ""
-        raise DecoderError(
-            f"{path}: {len(words) - len(spelled)} of its {len(words)} words, such as {foreign!r}, cannot be spelled in "
-            f"the alphabet {vocabulary.characters!r}: this is the language model of another vocabulary{hint}"
-        )
-    model = load_model(path)
-    known = [word for word in spelled if word in model]
-    if 2 * len(known) < len(spelled):
-        raise LMError(
-            f"{path}: knows {len(known)} of the {len(spelled)} words listed for it: the list is another model's"
-        )
-    described = {
-        "lm": str(path),
-        "lm_sha256": _sha256(path),
-        "lm_order": model.order,
-        "lm_words": len(known),
-        "alpha": alpha,
-        "beta": beta,
-        "unknown_offset": UNKNOWN_OFFSET,
-    }
-    return _word_model(model, known, alpha, beta), described
+def described_beam(
+    text: str,
+    frames: Sequence[tuple[str, tuple[int, int]]],
+    acoustic: float,
+    total: float,
+    log_probs_UV: np.ndarray,
+    vocabulary: Vocabulary,
+    lm: WordModel | None,
+) -> Hypothesis:
+    """A beam of pyctcdecode's form as a Hypothesis."""
+    path_U = best_path(log_probs_UV, vocabulary.encode(text))
+    words = path_words(path_U.tolist(), log_probs_UV, vocabulary)
+    if [word for word, _ in frames] == text.split():
+        spans = [(int(start), int(end)) for _, (start, end) in frames]
+        words = tuple(replace(w, start=start, end=end) for w, (start, end) in zip(words, spans, strict=True))
+    return Hypothesis(text, words, float(acoustic), lm.log_prob(text) if lm else 0.0, float(total))
 
 
-def _word_model(model: "kenlm.Model", words: list[str], alpha: float, beta: float) -> "LanguageModel":
+def _language_model(lm: WordModel, alpha: float, beta: float) -> "LanguageModel":
     """pyctcdecode's language model, but that it takes the nothing behind a last space for no word.
 
     pyctcdecode 0.5.0 scores it as one more, unknown word. Since it merges `a b` with `a b `, and keeps the language
@@ -167,16 +131,35 @@ def _word_model(model: "kenlm.Model", words: list[str], alpha: float, beta: floa
     import kenlm
     from pyctcdecode.language_model import LanguageModel
 
-    class WordModel(LanguageModel):
+    class NoEmptyWord(LanguageModel):
         def score(self, prev_state, word, is_last_word=False):
             if word:
                 return super().score(prev_state, word, is_last_word)
-            end = model.BaseScore(prev_state, "</s>", kenlm.State()) if is_last_word else 0.0
+            end = lm.model.BaseScore(prev_state, "</s>", kenlm.State()) if is_last_word else 0.0
             return self.alpha * end * math.log(10), prev_state
 
-    return WordModel(model, words, alpha=alpha, beta=beta, unk_score_offset=UNKNOWN_OFFSET)
+    return NoEmptyWord(lm.model, lm.words, alpha=alpha, beta=beta, unk_score_offset=UNKNOWN_OFFSET)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _decode_log_probs(decoder: Any, log_probs_UV: np.ndarray, **settings: Any) -> list:
+    """pyctcdecode's decode_beams with a scorer of hot words of our own, since its own has one weight for all."""
+    return decoder._decode_logits(np.clip(log_probs_UV, math.log(_MIN_PROBABILITY), 0), **settings)
+
+
+def _hot_word_scorer(weights: Mapping[str, float]) -> "HotwordScorer":
+    """pyctcdecode's scorer with a weight for each word."""
+    import re
+
+    from pyctcdecode.language_model import HotwordScorer
+    from pygtrie import CharTrie
+
+    class Weighted(HotwordScorer):
+        def score(self, text):
+            return sum(weights.get(word, 0.0) for word in text.split())
+
+        def score_partial_token(self, token):
+            if token not in self:
+                return 0.0
+            return max(weights[word] * len(token) / len(word) for word in self._char_trie.iterkeys(token))
+
+    return Weighted(re.compile(r"(?!)"), CharTrie.fromkeys(weights))

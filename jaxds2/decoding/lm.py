@@ -6,17 +6,22 @@ needs, so a word list lies beside each model: `lm.vocab.txt` for `lm.arpa` and `
 
 import contextlib
 import gzip
+import hashlib
 import io
 import math
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from jaxds2.data.manifest import read_manifest
 from jaxds2.files import write_whole
+from jaxds2.text import Vocabulary
 
 if TYPE_CHECKING:
     import kenlm
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 MIN_ORDER, MAX_ORDER = 2, 6
 """What KenLM as it is packaged reads."""
 
-INSTALL = "pip install 'jaxds2[lm]'"
+INSTALL = f"{sys.executable} -m pip install kaldingram kenlm-ex"
 
 _BINARY_MAGIC = b"mmap lm http://kheafield.com/code"
 _MARKS = frozenset(("<s>", "</s>", "<unk>"))
@@ -51,7 +56,7 @@ def read_sentences(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
+def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: Sequence[int] = ()) -> Path:
     """Estimate a back-off n-gram model with Kneser-Ney smoothing and write it with its word list.
 
     Kneser & Ney (1995), one discount D = n1 / (n1 + 2 n2) per order (n1, n2: n-grams seen once, twice), counted by
@@ -59,12 +64,16 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     are discounted too, and what that frees goes to `<unk>`: so the model sums to 1 after every history and an unknown
     word has a probability. Where counts leave no usable D, it is 0.5.
 
-    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there.
+    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there,
+    unless somebody asks (`kenlm_tools`).
 
     Args:
       sentences: normalised text; words are what white space separates, blank sentences are left out.
       out: the ARPA file to write; its words go to the same name with `.vocab.txt`, one a line, sorted.
       order: length of the longest n-grams, 2 to 6.
+      prune: thresholds for each order, as lmplz has them: n-grams counted so often or less are left out, the last one
+        holds for all longer ones. Unigrams are never left out, so the first is 0. What is left out gives its
+        probability to the back-off.
 
     Returns:
       out.
@@ -75,6 +84,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     """
     if not MIN_ORDER <= order <= MAX_ORDER:
         raise LMError(f"order {order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
+    thresholds = _thresholds(prune, order)
     try:
         from kaldingram.train import NgramCounts
     except ImportError:
@@ -83,7 +93,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
     counts = NgramCounts(order)
     words: set[str] = set()
     num_sentences = longest = 0
-    for sentence in tqdm(sentences, desc="count n-grams", unit="sentence", leave=False):
+    for sentence in tqdm(sentences, desc="count n-grams", unit="sentence", leave=False, disable=None):
         tokens = sentence.split()
         if not tokens:
             continue
@@ -104,8 +114,14 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3) -> Path:
         raise LMError(f"the text holds {reserved[0]}, which a language model keeps for itself: remove it")
 
     arpa = io.StringIO()
-    stages = (partial(_set_discounts, counts), counts.cal_f, counts.cal_bow, partial(counts.print_as_arpa, arpa))
-    bar = tqdm(stages, desc="estimate", unit="stage", leave=False)
+    stages = (
+        partial(_set_discounts, counts),
+        counts.cal_f,
+        partial(_prune, counts, thresholds),
+        counts.cal_bow,
+        partial(counts.print_as_arpa, arpa),
+    )
+    bar = tqdm(stages, desc="estimate", unit="stage", leave=False, disable=None)
     with contextlib.redirect_stderr(io.StringIO()):  # the library draws a bar for every order of every stage
         for stage in bar:
             stage()
@@ -124,6 +140,30 @@ def _set_discounts(counts) -> None:
     counts.d[0] = once / (once + 2 * twice) if once else 0.0
     # At D = 1 what was seen once would be as good as unseen; at 0 nothing is left for what was not.
     counts.d = [_FALLBACK_DISCOUNT if d >= 1 else max(d, _MIN_DISCOUNT) for d in counts.d]
+
+
+def _thresholds(prune: Sequence[int], order: int) -> list[int]:
+    """A threshold for each order."""
+    given = list(prune) or [0]
+    if len(given) > order or given[0] != 0 or given != sorted(given):
+        raise LMError(
+            f"pruning {' '.join(map(str, given))}: expected at most {order} thresholds for order {order}, the first 0, "
+            f"none smaller than the one before"
+        )
+    return given + given[-1:] * (order - len(given))
+
+
+def _prune(counts, thresholds: Sequence[int]) -> None:
+    """Forget n-grams after their probabilities are set.
+
+    What begins or ends a longer one came at least as often, so with thresholds that do not fall it stays if that does.
+    """
+    for threshold, by_history in zip(thresholds[1:], counts.counts[1:], strict=True):
+        for history, following in list(by_history.items()):
+            for word in [word for word, count in following.word_to_count.items() if count <= threshold]:
+                del following.word_to_count[word], following.word_to_f[word]
+            if not following.word_to_count:
+                del by_history[history]
 
 
 def _with_unknown(arpa: str, num_unigrams: int, probability: float) -> str:
@@ -205,6 +245,65 @@ def load_model(path: Path) -> "kenlm.Model":
     except (OSError, RuntimeError, ValueError) as e:
         reason = _reason(e).rpartition("threw ")[2]  # behind the place in KenLM's C++
         raise LMError(f"{path}: KenLM cannot read it ({reason})") from None
+
+
+@dataclass(frozen=True)
+class WordModel:
+    """A language model of words, open, for one alphabet."""
+
+    path: Path
+    model: "kenlm.Model"
+    words: list[str]
+    """Those of its words that the alphabet can spell."""
+    described: dict[str, Any]
+    """For a report."""
+
+    def log_prob(self, text: str) -> float:
+        """log P(<s> text </s>), natural."""
+        return self.model.score(text) * math.log(10)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing that a library in C++ writes to stderr in the block comes out, such as KenLM's bar over a text model."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def open_model(path: Path, vocabulary: Vocabulary) -> WordModel:
+    """Load a language model and check that the alphabet spells its words.
+
+    Raises:
+      LMError: the file cannot be read, or more than half of its words cannot be spelled or are not its own.
+    """
+    words = load_unigrams(path)
+    if " " not in vocabulary.characters:
+        raise LMError(f"{path}: a model of words needs a space in the alphabet {vocabulary.characters!r}")
+    spelled = [word for word in words if not vocabulary.unknown(word)]
+    if 2 * len(spelled) < len(words):
+        foreign = next(word for word in words if vocabulary.unknown(word))
+        hint = "; write its words in lower case" if foreign.lower() != foreign else ""
+        raise LMError(
+            f"{path}: {len(words) - len(spelled)} of its {len(words)} words, such as {foreign!r}, cannot be spelled in "
+            f"the alphabet {vocabulary.characters!r}: this is the language model of another vocabulary{hint}"
+        )
+    model = load_model(path)
+    known = [word for word in spelled if word in model]
+    if 2 * len(known) < len(spelled):
+        raise LMError(
+            f"{path}: knows {len(known)} of the {len(spelled)} words listed for it: the list is another model's"
+        )
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    described = {"lm": str(path), "lm_sha256": digest, "lm_order": model.order, "lm_words": len(known)}
+    return WordModel(path, model, known, described)
 
 
 def _reason(error: Exception) -> str:

@@ -4,15 +4,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxds2.data.manifest import manifest_path
+from jaxds2.config import Config
+from jaxds2.data.manifest import Utterance, manifest_path
 from jaxds2.data.shards import read_utterances
-from jaxds2.decoding.beam import BeamDecoder
-from jaxds2.decoding.greedy import greedy_decode, greedy_words
+from jaxds2.decoding.hypothesis import Decoder
 from jaxds2.evaluation.breakdown import (
     Confusions,
     ScoredUtterance,
@@ -23,14 +24,15 @@ from jaxds2.evaluation.breakdown import (
     score_utterances,
     worst_first,
 )
-from jaxds2.evaluation.evaluate import evaluate
+from jaxds2.evaluation.evaluate import DecodePool, Scores, evaluate, evaluate_log_probs
+from jaxds2.evaluation.logprobs import LogProbs, check_same, write_log_probs
 from jaxds2.evaluation.metrics import sum_edits
 from jaxds2.evaluation.page import Posteriors, build_page, collect_media, read_curve
 from jaxds2.evaluation.sclite import Words, format_ctm, format_stm, format_trn
 from jaxds2.evaluation.significance import LEVEL, REPLICATES, SEED, rate_intervals, resampling_units
 from jaxds2.files import write_whole
-from jaxds2.inference.recognizer import Recognizer
-from jaxds2.model.deepspeech2 import subsampling_factor
+from jaxds2.inference.recognizer import Recognizer, frame_seconds
+from jaxds2.text import Vocabulary
 
 SCHEMA_VERSION = 2
 """2 added intervals, breakdown, confusions, worst, utterances_with_errors and word_times; all of 1 is as it was."""
@@ -43,23 +45,29 @@ PRINTED = 5
 def score_run(
     recognizer: Recognizer,
     manifest: Path,
-    beam: BeamDecoder | None,
+    decoder: Decoder,
     *,
     folder: Path,
     checkpoint: str | int | None = None,
     run_dir: Path | None = None,
     page: bool = True,
+    pool: DecodePool | None = None,
+    list_hypotheses: bool = False,
+    save_log_probs: bool = False,
 ) -> dict[str, Any]:
     """Score a recognizer on a manifest, write the report, print WER, CER and speed.
 
     Args:
       recognizer: the model and its weights.
       manifest: what to score it on; a folder of shards too.
-      beam: the decoder; None is greedy.
+      decoder: what turns log-probabilities into text.
       folder: where the report goes; made if absent.
       checkpoint: how the weights were asked for, for the report.
       run_dir: whose name and training curve the page shows.
       page: write report.html too.
+      pool: processes that decode in the decoder's place.
+      list_hypotheses: write nbest.jsonl too.
+      save_log_probs: keep the log-probabilities in the folder too, for `score_log_probs`.
 
     Returns:
       The content of report.json.
@@ -68,62 +76,155 @@ def score_run(
       ManifestError, ShardError: a bad manifest. EvaluationError: a recording that cannot be scored.
       WriteError: as write_report.
     """
-    vocabulary, config = recognizer.vocabulary, recognizer.config
-    utterances = read_utterances(manifest)
-    frame_seconds = subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
-    frames: list[tuple[str, int, int]] | None = []
-    times: dict[str, Words] = {}
-    posteriors: dict[str, Posteriors] = {}
-
-    def decode(log_probs_UV: np.ndarray) -> str:
-        nonlocal frames
-        if beam:
-            text, frames = beam.decode_words(log_probs_UV)
-            return text
-        frames = greedy_words(log_probs_UV, vocabulary)
-        return greedy_decode(log_probs_UV, vocabulary)
+    scored = _Scored.read(manifest, recognizer.config, recognizer.vocabulary, page=page)
+    log_probs: dict[int, np.ndarray] = {}
 
     def keep(index: int, log_probs_UV: np.ndarray) -> None:
-        if frames is not None:
-            words = [(word, first * frame_seconds, end * frame_seconds) for word, first, end in frames]
-            times[utterances[index].id] = words
-        if page:
-            posteriors[utterances[index].id] = Posteriors.of(log_probs_UV, vocabulary)
+        scored.keep(index, log_probs_UV)
+        if save_log_probs:
+            log_probs[index] = log_probs_UV
 
-    scores = evaluate(recognizer, utterances, decode, keep=keep)
-    scored = score_utterances(
-        scores.ids, [u.speaker for u in utterances], [u.duration for u in utterances], scores.refs, scores.hyps
-    )
-    by_id = {u.id: u for u in utterances}
-    files = {u.id: u.audio_filepath for u in utterances if u.shard_record is None}
-
-    def render(report: Mapping[str, Any]) -> str:
-        media = collect_media([by_id[u.id] for u in worst_first(scored)], posteriors, config.features)
-        curve = read_curve(run_dir / "metrics.jsonl") if run_dir else []
-        run = run_dir.absolute().name if run_dir else ""
-        return build_page(report, scored, audio=files, media=media, words=times, run=run, curve=curve)
-
-    report = write_report(
-        folder,
-        scored,
-        rtfx=scores.rtfx,
-        manifest=str(manifest),
-        manifest_sha256=hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest(),
+    scores = evaluate(recognizer, scored.utterances, decoder, pool=pool, keep=keep)
+    if save_log_probs:
+        saved = LogProbs(
+            ids=tuple(scores.ids),
+            log_probs=tuple(log_probs[i] for i in range(len(scores.ids))),
+            characters=recognizer.vocabulary.characters,
+            manifest=str(manifest),
+            manifest_sha256=scored.digest,
+            run=str(run_dir or ""),
+            checkpoint=str(checkpoint or recognizer.step),
+            checkpoint_step=recognizer.step,
+        )
+        write_log_probs(folder, saved)
+    return scored.report(
+        scores,
+        decoder,
+        folder=folder,
+        run_dir=run_dir,
+        list_hypotheses=list_hypotheses,
         checkpoint=None if checkpoint is None else str(checkpoint),
         checkpoint_step=recognizer.step,
-        decoder=beam.settings if beam else {"name": "greedy"},
-        times=times,
-        page=render if page else None,
     )
-    print(scores.words.format("WER"))
-    print(scores.characters.format("CER"))
-    print(_interval_line(report))
-    for line in _worst_lines(report):
-        print(line)
-    if missing := len(scored) - len(times):
-        print(f"hyp.ctm left out: the decoder gives no word times for {missing} of {len(scored)} utterances")
-    print(f"{scores.rtfx:.1f} times real time, step {recognizer.step}; written to {folder}")
-    return report
+
+
+def score_log_probs(
+    saved: LogProbs,
+    where: Path,
+    config: Config,
+    decoder: Decoder,
+    *,
+    manifest: Path,
+    folder: Path,
+    run_dir: Path,
+    page: bool = True,
+    pool: DecodePool | None = None,
+    list_hypotheses: bool = False,
+) -> dict[str, Any]:
+    """As score_run, of log-probabilities that are there already, without the model.
+
+    Args:
+      saved: the log-probabilities.
+      where: the folder they were read from.
+      config: of the run they are said to be of.
+      manifest: what they are said to be of.
+      decoder, folder, run_dir, page, pool, list_hypotheses: as for score_run.
+
+    Raises:
+      LogProbsError: they are of another alphabet or another manifest. The rest as score_run.
+    """
+    scored = _Scored.read(manifest, config, Vocabulary(saved.characters), page=page)
+    ids = [u.id for u in scored.utterances]
+    check_same(saved, characters=config.data.characters, ids=ids, manifest_sha256=scored.digest, where=str(where))
+    scores = evaluate_log_probs(
+        saved.log_probs, scored.utterances, scored.vocabulary, decoder, pool=pool, keep=scored.keep
+    )
+    return scored.report(
+        scores,
+        decoder,
+        folder=folder,
+        run_dir=run_dir,
+        list_hypotheses=list_hypotheses,
+        checkpoint=saved.checkpoint,
+        checkpoint_step=saved.checkpoint_step,
+        log_probs=str(where),
+    )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A manifest that is being scored, and what the page is to show of it."""
+
+    manifest: Path
+    config: Config
+    vocabulary: Vocabulary
+    utterances: list[Utterance]
+    digest: str
+    posteriors: dict[str, Posteriors] | None
+    """By id; None where there is to be no page."""
+
+    @classmethod
+    def read(cls, manifest: Path, config: Config, vocabulary: Vocabulary, *, page: bool) -> "_Scored":
+        utterances = read_utterances(manifest)
+        digest = hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest()
+        return cls(manifest, config, vocabulary, utterances, digest, {} if page else None)
+
+    def keep(self, index: int, log_probs_UV: np.ndarray) -> None:
+        if self.posteriors is not None:
+            self.posteriors[self.utterances[index].id] = Posteriors.of(log_probs_UV, self.vocabulary)
+
+    def report(
+        self,
+        scores: Scores,
+        decoder: Decoder,
+        *,
+        folder: Path,
+        run_dir: Path | None,
+        list_hypotheses: bool,
+        checkpoint: str | None,
+        checkpoint_step: int,
+        log_probs: str | None = None,
+    ) -> dict[str, Any]:
+        """Write it and print its main lines."""
+        utterances, posteriors = self.utterances, self.posteriors
+        seconds = frame_seconds(self.config)
+        times = {
+            i: [(w.text, w.start * seconds, w.end * seconds) for w in best.words]
+            for i, (best, *_) in zip(scores.ids, scores.hypotheses, strict=True)
+        }
+        scored = score_utterances(
+            scores.ids, [u.speaker for u in utterances], [u.duration for u in utterances], scores.refs, scores.hyps
+        )
+        by_id = {u.id: u for u in utterances}
+        files = {u.id: u.audio_filepath for u in utterances if u.shard_record is None}
+
+        def render(report: Mapping[str, Any]) -> str:
+            media = collect_media([by_id[u.id] for u in worst_first(scored)], posteriors or {}, self.config.features)
+            curve = read_curve(run_dir / "metrics.jsonl") if run_dir else []
+            run = run_dir.absolute().name if run_dir else ""
+            return build_page(report, scored, audio=files, media=media, words=times, run=run, curve=curve)
+
+        report = write_report(
+            folder,
+            scored,
+            rtfx=scores.rtfx,
+            manifest=str(self.manifest),
+            manifest_sha256=self.digest,
+            checkpoint=checkpoint,
+            checkpoint_step=checkpoint_step,
+            decoder=decoder.settings,
+            log_probs=log_probs,
+            times=times,
+            hypotheses=_hypotheses(scores, seconds) if list_hypotheses else None,
+            page=None if posteriors is None else render,
+        )
+        print(scores.words.format("WER"))
+        print(scores.characters.format("CER"))
+        print(_interval_line(report))
+        for line in _worst_lines(report):
+            print(line)
+        print(f"{scores.rtfx:.1f} times real time, step {checkpoint_step}; written to {folder}")
+        return report
 
 
 def write_report(
@@ -136,14 +237,17 @@ def write_report(
     checkpoint: str | None,
     checkpoint_step: int,
     decoder: Mapping[str, Any],
+    log_probs: str | None = None,
     times: Mapping[str, Words] | None = None,
+    hypotheses: str | None = None,
     page: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
     """Write the report's files, each whole or not at all, utterances sorted by id.
 
     report.json is written last: where it stands, the others belong to it. They are utterances.jsonl, which --compare
-    reads; recogs.txt and errs.txt for reading; ref.trn, hyp.trn, ref.stm and hyp.ctm for sclite; report.html. Of these
-    hyp.ctm and report.html are removed where an earlier score left them and this one has none.
+    reads; recogs.txt and errs.txt for reading; ref.trn, hyp.trn, ref.stm and hyp.ctm for sclite; report.html;
+    nbest.jsonl. Of these
+    hyp.ctm, report.html and nbest.jsonl are removed where an earlier score left them and this one has none.
 
     Args:
       folder: made if absent.
@@ -154,7 +258,9 @@ def write_report(
       checkpoint: how the weights were asked for (`best`, `last`, a step), where that is known.
       checkpoint_step: training step of the weights.
       decoder: every setting of the decoder.
+      log_probs: the folder of the log-probabilities that were decoded, where no model was run.
       times: (word, start, end) in seconds by id; hyp.ctm is written where every utterance has them.
+      hypotheses: nbest.jsonl; None: there is none.
       page: report.html of the content of report.json; None: no page.
 
     Returns:
@@ -197,6 +303,7 @@ def write_report(
         "checkpoint": checkpoint,
         "checkpoint_step": checkpoint_step,
         "decoder": dict(decoder),
+        **({"log_probs": log_probs} if log_probs else {}),
         "word_times": all(u.id in times for u in utterances),
         "breakdown": {
             "speaker": by_speaker(utterances),
@@ -225,6 +332,7 @@ def write_report(
         "hyp.trn": format_trn(ids, speakers, hyps),
         "ref.stm": format_stm(ids, speakers, durations, refs),
         "hyp.ctm": format_ctm(ids, [times[i] for i in ids]) if report["word_times"] else None,
+        "nbest.jsonl": hypotheses,
         "report.html": page(report) if page else None,
         "report.json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
@@ -234,6 +342,32 @@ def write_report(
         else:
             write_whole(folder / name, content)
     return report
+
+
+def _hypotheses(scores: Scores, frame_seconds: float) -> str:
+    """A line for each utterance: every hypothesis, best first, with its scores and words, in seconds."""
+    lines = []
+    for i, found in sorted(zip(scores.ids, scores.hypotheses, strict=True), key=lambda pair: pair[0]):
+        listed = [
+            {
+                "text": h.text,
+                "total": h.total,
+                "acoustic": h.acoustic,
+                "lm": h.lm,
+                "words": [
+                    {
+                        "word": w.text,
+                        "start": round(w.start * frame_seconds, 6),
+                        "end": round(w.end * frame_seconds, 6),
+                        "confidence": round(w.confidence, 6),
+                    }
+                    for w in h.words
+                ],
+            }
+            for h in found
+        ]
+        lines.append(json.dumps({"id": i, "hypotheses": listed}, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def _line(u: ScoredUtterance) -> str:

@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 Words = Sequence[tuple[str, float, float]]
 """(word, start, end) in seconds."""
+ScoredWords = Sequence[tuple[str, float, float, float]]
+"""(word, start, end, confidence), the last 0 to 1."""
 
 
 def format_trn(ids: Sequence[str], speakers: Sequence[str | None], texts: Sequence[str]) -> str:
@@ -34,14 +36,20 @@ def format_stm(
     return "".join(f"{name} A {speaker} 0.000 {end:.3f} {text}".rstrip() + "\n" for name, speaker, end, text in rows)
 
 
-def format_ctm(ids: Sequence[str], words: Sequence[Words]) -> str:
+def format_ctm(ids: Sequence[str], words: Sequence[Words | ScoredWords]) -> str:
     """One line a word: `utt1 A 0.360 0.240 cat` (start, duration in seconds), sorted by name and time.
+
+    Behind a word stands the confidence in it, where it has one: `utt1 A 0.360 0.240 cat 0.970`.
 
     Raises:
       ValueError: ids and words differ in number.
     """
     rows = sorted(zip(map(_name, ids), words, strict=True))
-    return "".join(f"{name} A {start:.3f} {end - start:.3f} {word}\n" for name, w in rows for word, start, end in w)
+    return "".join(
+        " ".join([name, "A", f"{start:.3f}", f"{end - start:.3f}", word, *(f"{c:.3f}" for c in confidence)]) + "\n"
+        for name, w in rows
+        for word, start, end, *confidence in w
+    )
 
 
 def _name(utterance_id: str) -> str:

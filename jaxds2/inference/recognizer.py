@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, read_config
 from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, own_rows, place, replicate, rows_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
-from jaxds2.model.deepspeech2 import Params, create, output_lengths
+from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
 from jaxds2.training.step import EvalOutput, make_eval_step
@@ -36,6 +37,11 @@ def compute_dtype(config: Config) -> jax.typing.DTypeLike:
 def output_frames(num_samples, config: Config):
     """Output frames U of a waveform of S samples at the config's rate (int or array)."""
     return output_lengths(num_frames(num_samples, config.features), config.model)
+
+
+def frame_seconds(config: Config) -> float:
+    """From the start of one output frame to that of the next, in seconds; the first starts with the recording."""
+    return subsampling_factor(config.model) * config.features.hop_length / config.features.sample_rate
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ class Recognizer:
             step = checkpoints.resolve(checkpoint)
             params = checkpoints.restore_params(step)
         vocabulary = Vocabulary(config.data.characters)
-        # On this machine's devices, in their own precision, whatever the run was trained on.
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
+        if config.training.precision == "bfloat16":  # this machine's devices may not compute in it
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
         mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
-        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh), out_shardings=rows_of(mesh))
+        options = compiler_options(mesh.devices.flat[0].platform)
+        eval_step = make_eval_step(apply, config.features, mesh=mesh)
+        eval_step = jax.jit(eval_step, out_shardings=rows_of(mesh), compiler_options=options)
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
 
     def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:
@@ -82,7 +90,8 @@ class Recognizer:
             np.array([u.duration for u in utterances]),
             np.array([len(u.text) for u in utterances]),
             digest=manifest_digest(utterances),
-            data=self.config.data,
+            # Rows for the devices that are here, so that one file is not computed eight times.
+            data=dataclasses.replace(self.config.data, rows_multiple=self.mesh.size),
             seed=0,
             sample_rate=self.config.features.sample_rate,
             shuffle=False,
@@ -96,16 +105,16 @@ class Recognizer:
 
     def run(
         self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
-    ) -> Iterator[tuple[np.ndarray, EvalOutput, tuple[str, ...]]]:
+    ) -> Iterator[tuple[Batch, EvalOutput, tuple[str, ...]]]:
         """The model's output for each batch of the first epoch of a plan; of several processes each has its rows.
 
         Args:
           utterances: what the plan was made of.
           plan: see `plan`.
-          with_labels: encode the transcripts too, for the loss.
+          with_labels: encode the transcripts too, for the loss or to align them.
 
         Yields:
-          index_B into utterances (-1: filler), the output on the host, and a line for each recording that failed.
+          The batch, its index_B into utterances, the output on the host, and a line for each recording that failed.
         """
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)
@@ -121,4 +130,4 @@ class Recognizer:
         ) as batches:
             for loaded in batches:
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield np.asarray(loaded.batch.index_B), own_rows(output), loaded.failures
+                yield loaded.batch, own_rows(output), loaded.failures

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 from jaxds2.config import ModelConfig
+from jaxds2.model.convolution import Conv
 from jaxds2.model.linear import Linear
 from jaxds2.model.mingru import MinGRU, both_ways
+from jaxds2.model.stored import stored
 
 Count = TypeVar("Count", int, np.ndarray, jax.Array)
 
@@ -38,24 +40,6 @@ def _mask(x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
     """Zero beyond each utterance's length."""
     valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
     return jnp.where(valid_UB1, x_UBD, jnp.zeros((), x_UBD.dtype))
-
-
-def _stored(x_UBD: jax.Array, weight: jax.Array) -> jax.Array:
-    """x as it is; on a CPU also written to memory here, its gradient likewise.
-
-    XLA's CPU compiler computes what looks cheap again in each place that reads it, and a residual stream is a sum, so
-    every layer would add up all layers before it, several times over (docs/performance.md). It removes barriers before
-    it decides that, but keeps a branch that it cannot foresee.
-
-    Args:
-      x_UBD: anything.
-      weight: a scalar that is only known at run time, the same on all devices, and finite unless training has failed.
-    """
-
-    def branch(x_UBD: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.isfinite(weight), lambda x: x, jnp.negative, x_UBD)
-
-    return jax.lax.platform_dependent(x_UBD, weight, cpu=branch, default=lambda x, _: x)
 
 
 class Dropout:
@@ -106,17 +90,7 @@ class FrontEnd(nnx.Module):
     def __init__(self, num_mels: int, model: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         channels = (1, *model.conv_channels)
         self.convs = nnx.List(
-            nnx.Conv(
-                channels[i],
-                channels[i + 1],
-                kernel_size=kernel,
-                strides=stride,
-                padding=tuple((k // 2, k // 2) for k in kernel),
-                kernel_init=nnx.initializers.he_normal(),
-                dtype=dtype,
-                param_dtype=jnp.float32,
-                rngs=rngs,
-            )
+            Conv(channels[i], channels[i + 1], kernel, stride, dtype=dtype, rngs=rngs)
             for i, (kernel, stride) in enumerate(zip(model.conv_kernels, model.conv_strides, strict=True))
         )
         bins = num_mels
@@ -137,7 +111,7 @@ class FrontEnd(nnx.Module):
             lengths_B = -(-lengths_B // stride)
             # A window at the utterance's edge sees zeros there, as it would in a batch of its own.
             x_BTFC = mask(jax.nn.gelu(conv(x_BTFC), approximate=True), lengths_B)
-        x_UBFC = jnp.swapaxes(x_BTFC, 0, 1)
+        x_UBFC = jnp.swapaxes(stored(x_BTFC, self.linear.kernel[0, 0]), 0, 1)
         return _mask(self.linear(x_UBFC.reshape(*x_UBFC.shape[:2], -1)), lengths_B), lengths_B
 
 
@@ -261,7 +235,7 @@ class DeepSpeech2(nnx.Module):
         else:
             assert self.norm.scale is not None
             for layer in self.layers:
-                x_UBD = _stored(layer(x_UBD, lengths_B, dropout), self.norm.scale[0])
+                x_UBD = stored(layer(x_UBD, lengths_B, dropout), self.norm.scale[0])
         if self.lookahead is not None:
             x_UBD = self.lookahead(x_UBD)
         logits_UBV = self.head(self.norm(x_UBD))

@@ -16,12 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxds2
 from jaxds2 import hosts
+from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import manifest_digest
 from jaxds2.data.pipeline import LoadedBatch, PipelineError, load_batches
 from jaxds2.data.placement import data_mesh, distribute, place, rows_of, shardings_of
 from jaxds2.data.plan import BatchPlan
-from jaxds2.decoding.greedy import greedy_decode
+from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.model import mosaic
@@ -45,6 +46,9 @@ from jaxds2.training.step_report import StepReport, TrainingError
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
+
+IDS_SHOWN = 5
+"""Of utterances that are left out, on the console."""
 
 MAY_CHANGE = {
     "data.workers",
@@ -129,6 +133,8 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
 def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, signalled: StopSignal, progress: bool) -> int:
     stop, writes = hosts.SharedStop(signalled), jax.process_index() == 0
     first_step = checkpoints.last() or 0
+    if config.training.init_from is not None and not first_step:
+        init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple, fsdp=config.training.fsdp)
     keep_compiled(mesh.devices.flat[0].platform)
@@ -166,12 +172,13 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, signalled: S
         params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
     state = TrainState.create(params, optimizer, ema_decay=ema_decay)
     everywhere, shardings = NamedSharding(mesh, PartitionSpec()), shardings_of(state, mesh)
-    gradient_step = jax.jit(gradient_step, out_shardings=(shardings.params, everywhere))
-    update_step = jax.jit(
+    jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    gradient_step = jit(gradient_step, out_shardings=(shardings.params, everywhere))
+    update_step = jit(
         make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(shardings, everywhere)
     )
-    add = jax.jit(accumulate, donate_argnums=0, out_shardings=(shardings.params, everywhere))
-    eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh), out_shardings=rows_of(mesh))
+    add = jit(accumulate, donate_argnums=0, out_shardings=(shardings.params, everywhere))
+    eval_step = jit(make_eval_step(apply, config.features, mesh=mesh), out_shardings=rows_of(mesh))
     state = distribute(state, shardings)
     if first_step:
         state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
@@ -182,7 +189,9 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, signalled: S
     ) as monitor:
         monitor.message(describe(config))
         for reason, ids in left_out.items():
-            monitor.message(f"left out: {len(ids)} {reason}: {' '.join(ids)}")
+            line = f"left out: {len(ids)} {reason}: "
+            more = f" and {len(ids) - IDS_SHOWN} more, named in train.log" if len(ids) > IDS_SHOWN else ""
+            monitor.message(f"{line}{' '.join(ids)}", shown=f"{line}{' '.join(ids[:IDS_SHOWN])}{more}")
         hours = sum(u.duration for u in utterances) / 3600
         monitor.message(
             f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
@@ -190,6 +199,11 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, signalled: S
             f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].platform} device(s)"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
+        if config.training.devices is None and mesh.size < jax.device_count():
+            monitor.message(
+                f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
+                f"set it to a multiple of {jax.device_count()} to use all"
+            )
         if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
             monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
         if config.training.init_from is not None and not first_step:
@@ -210,7 +224,7 @@ def _train(config: Config, run_dir: Path, checkpoints: Checkpoints, signalled: S
 
         def score_dev(step: int) -> float:
             recognizer = Recognizer(config, vocabulary, mesh, eval_step, state.eval_params, step)
-            decode = partial(greedy_decode, vocabulary=vocabulary)
+            decode = GreedyDecoder(vocabulary)
             scores = evaluate(
                 recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=stop
             )
@@ -323,6 +337,13 @@ def claim_run(config: Config, run_dir: Path, *, started: bool, writes: bool = Tr
     if writes and (not path.exists() or differences(read_config(path), config)):
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
+
+
+def init_run(path: str) -> Path:
+    """The run that `--init-from` names. Raises ConfigError: it is none."""
+    if not (Path(path) / "config.json").exists():
+        raise ConfigError(f"--init-from {path} (training.init_from): no config.json in it, so it is no run of train.py")
+    return Path(path)
 
 
 def initial_params(run_dir: Path, params: Params, characters: str) -> tuple[Params, list[str]]:

@@ -159,15 +159,18 @@ class Monitor:
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show beside the bar how far something is that comes before the steps; its time is not counted as theirs."""
         left = f"{what} {done + 1} of {total}" if done < total else ""
-        self._bar.set_postfix_str(left, refresh=True)
+        self._bar.set_postfix_str(left, refresh=sys.stderr.isatty())
         self._bar.unpause()
 
-    def message(self, text: str) -> None:
-        """Print text to standard output without breaking the bar, and append it to `train.log` with the time."""
+    def message(self, text: str, *, shown: str | None = None) -> None:
+        """Print text to standard output without breaking the bar, and append it to `train.log` with the time.
+
+        `shown` is printed in place of a text that is too long to read.
+        """
         if self._silent:
             return
         with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
+            print(text if shown is None else shown, flush=True)
         with self._writing():
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._log.flush()
@@ -276,15 +279,12 @@ _ROW_FRAMES = 160
 """Output frames in a row of an alignment picture: about 6 s at 25 frames a second."""
 
 
-def alignment_picture(
-    log_probs_UV: np.ndarray, vocabulary: Vocabulary, features_TF: np.ndarray | None = None
-) -> "Figure":
+def alignment_picture(log_probs_UV: np.ndarray, vocabulary: Vocabulary) -> "Figure":
     """Where in an utterance the model writes which character.
 
     Args:
       log_probs_UV: log-probabilities of one utterance, blank first, without padding.
       vocabulary: names of the classes.
-      features_TF: its log-mel features, drawn above on the same time axis.
 
     Returns:
       Over time, in as many rows as it takes: the probability of the blank (grey) and of each character that is the
@@ -295,19 +295,13 @@ def alignment_picture(
     probs_UV = np.exp(np.asarray(log_probs_UV, np.float32))
     num_frames = len(probs_UV)
     rows = max(1, math.ceil(num_frames / _ROW_FRAMES))
-    panels = 1 if features_TF is None else 2
-    figure = Figure(figsize=(13.0, 2.3 * rows * panels), dpi=100, layout="constrained")
-    grid = figure.subplots(rows * panels, 1, squeeze=False).reshape(rows, panels)
-    for row, (*above, axes) in enumerate(grid):
-        if features_TF is not None:
-            extent = (0, num_frames, 0, features_TF.shape[1])
-            above[0].imshow(features_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
-            above[0].set(ylabel="mel bin", xticklabels=())
+    figure = Figure(figsize=(13.0, 2.3 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for row, axes in enumerate(panels):
         _draw_probabilities(axes, probs_UV, vocabulary)
         start = row * _ROW_FRAMES
-        for panel in (*above, axes):
-            panel.set_xlim(start, start + min(_ROW_FRAMES, max(num_frames, 1)))
-    grid[-1, -1].set_xlabel("output frame")
+        axes.set_xlim(start, start + min(_ROW_FRAMES, max(num_frames, 1)))
+    panels[-1].set_xlabel("output frame")
     return figure
 
 

@@ -13,17 +13,24 @@ from jaxds2.data.shards import Recordings, read_utterances
 from jaxds2.inference.recognizer import output_frames
 from jaxds2.text import TextError, Vocabulary
 
+LOOKED_AT = 10
+"""Recordings of a training manifest of which one at least must open before training starts."""
+
 
 def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utterance], dict[str, list[str]]]:
     """The utterances to train on, normalised, and the ids of those left out by reason.
 
     Raises:
-      ManifestError, ShardError, TextError: a manifest cannot be used.
+      ManifestError, ShardError, TextError: a manifest cannot be used. AudioError: its recordings are not there.
       ConfigError: none is named, or nothing is left of them.
     """
     if not config.data.train:
         raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
-    utterances = [u for path in config.data.train for u in read_utterances(path)]
+    utterances = []
+    for path in config.data.train:
+        found = read_utterances(path)
+        _look_for(found, path)
+        utterances += found
     kept, left_out = select_utterances(
         [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
         config.data,
@@ -36,6 +43,23 @@ def read_training_data(config: Config, vocabulary: Vocabulary) -> tuple[list[Utt
         reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
         raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
     return kept, left_out
+
+
+def _look_for(utterances: Sequence[Utterance], path: str) -> None:
+    """Open a few recordings: a corpus that was moved would otherwise be left out utterance by utterance.
+
+    Raises AudioError: none of them can be opened.
+    """
+    fault: AudioError | None = None
+    with Recordings() as recordings:
+        for u in utterances[:: max(1, len(utterances) // LOOKED_AT)]:
+            try:
+                probe_audio(recordings.of(u))
+            except AudioError as e:
+                fault = e
+            else:
+                return
+    raise AudioError(f"{path}: its recordings cannot be opened: {fault}; is the corpus where the manifest says?")
 
 
 def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: Vocabulary) -> BatchPlan:

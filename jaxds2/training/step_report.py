@@ -17,6 +17,9 @@ from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule
 from jaxds2.training.step import BatchLoss, StepMetrics
 
+MANY_UNREADABLE = 20
+"""So many unreadable utterances, if they are more than half, mean that the corpus is not there."""
+
 
 class TrainingError(ValueError):
     """Training cannot go on; the last good state is saved."""
@@ -35,6 +38,7 @@ class StepReport:
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
+        self.tried = self.failed = 0  # since this process began
         self.since = time.perf_counter()
         self.waited = 0.0
 
@@ -72,41 +76,48 @@ class StepReport:
     ) -> None:
         metrics: StepMetrics = jax.device_get(device_metrics)
         losses: Sequence[BatchLoss] = jax.device_get(device_losses)
-        step = group[0].step // self.config.training.accumulate
+        done = group[0].step // self.config.training.accumulate + 1
         for loaded, loss in zip(group, losses, strict=True):
-            self._report_rows(step, loaded, loss)
+            self._report_rows(done, loaded, loss)
         if metrics.finite:
             self.losses.append(float(metrics.loss))
         else:
             names = " ".join(self.ids[i] for loss in losses for i in loss.index_B if i >= 0)
-            self.monitor.message(f"step {step}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
+            self.monitor.message(f"step {done}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
             if metrics.skipped_in_row >= self.config.training.max_skipped:
                 raise TrainingError(
-                    f"step {step}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
+                    f"step {done}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
                     f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
                 )
-        done = step + 1
         self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
             self._log(done, metrics)
 
-    def _report_rows(self, step: int, loaded: LoadedBatch, loss: BatchLoss) -> None:
+    def _report_rows(self, done: int, loaded: LoadedBatch, loss: BatchLoss) -> None:
         """Count what one batch of a step held, and name what was left out of it."""
         self.samples += int(loss.samples)
         self.padded_samples += loss.index_B.size * loaded.batch.audio_BS.shape[1]
         planned_B = self.plan.step(loaded.step).indices_B
         lost = [self.ids[i] for i in planned_B[(planned_B >= 0) & (loss.index_B < 0)]]
-        self.unreadable += len(lost)
         why = dict(line.split(": ", 1) for line in loaded.failures)
-        for name in lost:
-            self.monitor.message(f"step {step}: left out, {name}: {why.get(name, 'another process names the reason')}")
+        left_out = [f"{name}: {why.get(name, 'another process names the reason')}" for name in lost]
+        self.tried += int(np.sum(planned_B >= 0))
+        self.failed += len(lost)
+        self.unreadable += len(lost)
+        for line in left_out:
+            self.monitor.message(f"step {done}: left out, {line}")
         if jax.process_index() > 0:
             for line in loaded.failures:
-                print(f"step {step}: left out, {line}", file=sys.stderr)
+                print(f"step {done}: left out, {line}", file=sys.stderr)
+        if self.failed >= MANY_UNREADABLE and 2 * self.failed > self.tried:
+            raise TrainingError(
+                f"step {done}: {self.failed} of {self.tried} utterances since the start could not be read, the last "
+                f"{left_out[-1] if left_out else 'in an earlier step'}; `jaxds2 check` lists them"
+            )
         if loss.infeasible_B.any():
             names = [self.ids[i] for i in loss.index_B[loss.infeasible_B]]
             self.infeasible += len(names)
-            self.monitor.message(f"step {step}: left out of the loss, label longer than its frames: {' '.join(names)}")
+            self.monitor.message(f"step {done}: left out of the loss, label longer than its frames: {' '.join(names)}")
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
         now = time.perf_counter()

@@ -1,0 +1,162 @@
+"""Batches for a corpus of LibriSpeech's size, or any other: how much is padding, and how long the first one takes.
+
+python benchmarks/bench_plan.py [--utterances 10000000]
+
+No corpus is needed: durations and lengths of texts follow the histogram that configs/librispeech_960.py names, and of
+the recordings only those of the first batch are written, as noise.
+"""
+
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import side_by_side
+
+if TYPE_CHECKING:
+    from jaxds2.config import Config
+    from jaxds2.data.plan import BatchPlan
+
+ROOT = Path(__file__).parents[1]
+SHAPES = (8, 12)
+WORKERS = 2
+EPOCHS = 3
+
+
+def main() -> None:
+    """Print the table and write it."""
+    arguments = side_by_side.start("Batches for a large corpus.", threads=2, utterances=281_241)
+    count = 400 if arguments.small else arguments.utterances
+    table = {}
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder) / "train.jsonl"
+        write_manifest(manifest, count)
+        for shapes in SHAPES:
+            # Planned once before, to know which recordings have to be there.
+            in_new_process(write_first_batch, manifest, shapes)
+            begin = time.time()
+            table[f"ours-{shapes}-shapes"] = in_new_process(first_batch, manifest, shapes, begin)
+            table[f"ours-{shapes}-shapes"] |= in_new_process(padding, manifest, shapes)
+    title = f"{count} utterances, configs/librispeech_960.py, {WORKERS} loader workers, seconds since the process began"
+    print(side_by_side.table(title, table))
+    side_by_side.save("plan", arguments, [{"what": "plan", "utterances": count, "columns": table}])
+
+
+def in_new_process(function, *arguments: Any) -> Any:
+    """Call it in an interpreter of its own, whose time and memory are then its own too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_manifest(path: Path, count: int) -> None:
+    """So many utterances whose durations are spread like LibriSpeech's, in no order."""
+    import numpy as np
+    import soundfile
+
+    histogram = json.loads((ROOT / "configs/durations/librispeech_960.json").read_text(encoding="utf-8"))
+    width, counts = histogram["seconds_per_bin"], np.array(histogram["counts"])
+    rng = np.random.default_rng(0)
+    durations_N = (rng.choice(len(counts), count, p=counts / counts.sum()) + rng.random(count)) * width
+    with path.open("w", encoding="utf-8") as file:
+        for i, duration in enumerate(durations_N.tolist()):
+            text = "word " * round(duration * histogram["characters_per_second"] / 5)
+            line = {"audio_filepath": f"{i}.wav", "duration": round(duration, 4), "text": text.strip(), "id": f"{i}"}
+            file.write(json.dumps(line) + "\n")
+    soundfile.write(path.parent / "0.wav", np.zeros(1, np.int16), 16_000)  # what training looks for before it plans
+
+
+def config_for(manifest: Path, shapes: int) -> "Config":
+    """The recipe for 960 hours on another manifest."""
+    from jaxds2.config import load_config
+
+    overrides = [f"data.train=('{manifest}',)", f"data.num_buckets={shapes}", f"data.workers={WORKERS}"]
+    return load_config(ROOT / "configs/librispeech_960.py", overrides)
+
+
+def write_first_batch(manifest: Path, shapes: int) -> None:
+    """The recordings of step 0."""
+    import numpy as np
+    import soundfile
+
+    utterances, plan = plan_of(config_for(manifest, shapes))
+    rng = np.random.default_rng(0)
+    for index in plan.step(0).indices_B.tolist():
+        if index >= 0:
+            noise_S = rng.integers(-3000, 3000, int(plan.num_samples_N[index])).astype(np.int16)
+            soundfile.write(utterances[index].audio_filepath, noise_S, plan.sample_rate, subtype="PCM_16")
+
+
+def plan_of(config: "Config") -> tuple[list[Any], "BatchPlan"]:
+    """What training reads and plans."""
+    from jaxds2.text import Vocabulary
+    from jaxds2.training.selection import read_training_data, training_plan
+
+    vocabulary = Vocabulary(config.data.characters)
+    utterances, _ = read_training_data(config, vocabulary)
+    return utterances, training_plan(config, utterances, vocabulary)
+
+
+def first_batch(manifest: Path, shapes: int, begin: float) -> dict[str, float]:
+    """Seconds from `begin` to what training has before its first step, and the most memory held until then."""
+    from jaxds2.data.pipeline import load_batches
+    from jaxds2.text import Vocabulary
+    from jaxds2.training import selection
+
+    config = config_for(manifest, shapes)
+    vocabulary = Vocabulary(config.data.characters)
+    imported = time.time()
+    utterances, _ = selection.read_training_data(config, vocabulary)
+    read = time.time()
+    plan = selection.training_plan(config, utterances, vocabulary)
+    planned = time.time()
+    with load_batches(utterances, plan, vocabulary=vocabulary, workers=WORKERS) as batches:
+        loaded = next(batches)
+        done = time.time()
+    if loaded.failures:
+        sys.exit(f"{len(loaded.failures)} recordings of the first batch could not be read: {loaded.failures[0]}")
+    return {
+        "imported": imported - begin,
+        "read": read - begin,
+        "planned": planned - begin,
+        "first batch": done - begin,
+        "MiB": peak_mib(resource.RUSAGE_SELF),
+        "MiB, a worker": peak_mib(resource.RUSAGE_CHILDREN),
+    }
+
+
+def peak_mib(who: int) -> float:
+    """The most memory that this process, or the largest of its children, ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit / 2**20
+
+
+def padding(manifest: Path, shapes: int) -> dict[str, float]:
+    """Percent of the samples of batches that are no audio, and how few any plan with as many shapes could have."""
+    import numpy as np
+
+    from jaxds2.data.plan import bucket_edges
+
+    _, plan = plan_of(config_for(manifest, shapes))
+    measured, least = [], []
+    for epoch in range(EPOCHS):
+        lengths_N = plan.lengths(epoch)
+        edges_K = bucket_edges(lengths_N, shapes, max_points=4096)  # on the whole grid of 10 ms
+        padded_N = edges_K[np.searchsorted(edges_K, lengths_N)]
+        measured.append(100 * plan.padding_share(epoch))
+        least.append(100 * (1 - lengths_N.sum() / padded_N.sum()))
+    begin = time.process_time()
+    plan.step(plan.steps_for_epochs(EPOCHS))
+    return {
+        "padding %": float(np.mean(measured)),
+        "least possible %": float(np.mean(least)),
+        "CPU ms": 1e3 * (time.process_time() - begin),
+    }
+
+
+if __name__ == "__main__":
+    main()

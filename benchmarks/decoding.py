@@ -1,0 +1,142 @@
+"""Decoders side by side: word error rate and utterances a second of every back end that is installed, by its pruning.
+
+    python benchmarks/decoding.py                                       # made-up log-probabilities
+    python benchmarks/decoding.py --logprobs runs/an4/eval/an4-test-greedy --lm runs/an4/lm.arpa --beta 2
+
+The made-up ones are of a seeded language of 2,000 words: 27 words an utterance, each character a peak of one or two
+frames among blanks; of the characters some are in doubt and some are wrong beyond doubt. There each back end's weights
+are chosen on a development part, with the default pruning; on real ones they are what the command line says.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxds2.data.shards import read_utterances
+from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder
+from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.decoding.lm import WordModel, build_ngram, open_model
+from jaxds2.decoding.settings import BeamSettings
+from jaxds2.evaluation.logprobs import read_log_probs
+from jaxds2.evaluation.metrics import count_word_edits
+from jaxds2.text import Vocabulary
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz' "
+WORDS, UTTERANCE, FOLLOWERS = 2_000, 27, 20
+DOUBTFUL, WRONG = 0.06, 0.015
+ALPHAS, BETAS = (0.3, 0.5, 1.0), (0.5, 1.0, 2.0, 3.0)
+PRUNINGS = {
+    "narrow": {"beam_width": 25},
+    "default": {},
+    "wide": {"beam_width": 200, "beam_prune_logp": -20.0, "token_min_logp": -8.0},
+}
+BLANK = 0.999
+
+
+class Language:
+    """Sentences in which a word has FOLLOWERS likely successors, the likelier the commoner."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+        chances = 1 / np.arange(3, 3 + len(letters))
+        words: dict[str, None] = {}
+        while len(words) < WORDS:
+            words["".join(rng.choice(letters, rng.integers(2, 9), p=chances / chances.sum()))] = None
+        self.words = list(words)
+        self._rng = rng
+        common = 1 / np.arange(10, 10 + WORDS)
+        self._followers = rng.choice(WORDS, (WORDS, FOLLOWERS), p=common / common.sum())
+
+    def sentence(self) -> str:
+        """UTTERANCE words."""
+        at, out = int(self._rng.integers(WORDS)), []
+        for _ in range(UTTERANCE):
+            out.append(self.words[at])
+            at = int(self._followers[at, min(self._rng.geometric(0.15) - 1, FOLLOWERS - 1)])
+        return " ".join(out)
+
+
+def speak(text: str, vocabulary: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    """log_probs_UV of a text, float32."""
+    rows = []
+    letters = vocabulary.encode("abcdefghijklmnopqrstuvwxyz")
+    for label in vocabulary.encode(text):
+        peak, other, kind = rng.uniform(0.85, 0.999), int(rng.choice(letters)), rng.random()
+        probs_V = rng.dirichlet(np.full(vocabulary.size, 0.05)) * (1 - peak)
+        if kind < WRONG:
+            probs_V[other] += peak
+        elif kind < WRONG + DOUBTFUL:
+            share = rng.uniform(0.3, 0.6)
+            probs_V[[label, other]] += peak * share, peak * (1 - share)
+        else:
+            probs_V[label] += peak
+        rows += [probs_V] * int(rng.integers(1, 3))
+        for _ in range(int(rng.integers(1, 4))):
+            sure = 1 - 10 ** -rng.uniform(2, 6)
+            blank_V = rng.dirichlet(np.full(vocabulary.size, 0.05)) * (1 - sure)
+            blank_V[0] += sure
+            rows.append(blank_V)
+    return np.log(np.maximum(rows, 1e-12)).astype(np.float32)
+
+
+def measure(choice: DecoderChoice, lm: WordModel, vocabulary: Vocabulary, log_probs, refs) -> tuple[float, float]:
+    """WER in percent, and utterances a second of one core."""
+    decode = make_decoder(choice, vocabulary, lm)
+    start = time.process_time()
+    texts = [decode(log_probs_UV)[0].text for log_probs_UV in log_probs]
+    seconds = time.process_time() - start
+    return 100 * count_word_edits(refs, texts).rate, len(texts) / seconds
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--utterances", type=int, default=300, help="made up to be measured (default: 300)")
+    parser.add_argument("--dev", type=int, default=30, help="made up to choose weights on (default: 30)")
+    parser.add_argument("--logprobs", type=Path, metavar="EVAL_DIR", help="real ones, as eval.py --save-logprobs kept")
+    parser.add_argument("--lm", type=Path, help="for real ones")
+    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--beta", type=float, default=2.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.logprobs:
+            saved = read_log_probs(arguments.logprobs)
+            vocabulary = Vocabulary(saved.characters)
+            refs = [vocabulary.normalize(u.text) for u in read_utterances(Path(saved.manifest))]
+            log_probs, path, dev = list(saved.log_probs), arguments.lm, 0
+        else:
+            rng = np.random.default_rng(0)
+            vocabulary, language = Vocabulary(CHARACTERS), Language(rng)
+            path = build_ngram([language.sentence() for _ in range(6_000)], Path(folder) / "lm.arpa")
+            dev = arguments.dev
+            refs = [language.sentence() for _ in range(dev + arguments.utterances)]
+            log_probs = [speak(ref, vocabulary, rng) for ref in refs]
+        lm = open_model(path, vocabulary)
+        weights = [(a, b) for a in ALPHAS for b in BETAS] if dev else [(arguments.alpha, arguments.beta)]
+        greedy = measure(DecoderChoice(), lm, vocabulary, log_probs[dev:], refs[dev:])
+        print(f"{len(refs) - dev} utterances; greedy: WER {greedy[0]:.2f} %, {greedy[1]:.0f} utterances/s\n")
+        print("| back end | alpha / beta | pruning | blanks collapsed | WER, % | utterances/s |\n" + "|---" * 6 + "|")
+        for backend in BACKENDS:
+            try:
+                choices = [
+                    DecoderChoice("beam", backend, lm=path, beam=BeamSettings(alpha=a, beta=b)) for a, b in weights
+                ]
+                tuned = [(measure(c, lm, vocabulary, log_probs[:dev], refs[:dev])[0] if dev else 0.0) for c in choices]
+            except DecoderError as e:
+                print(f"| {backend} | left out: {e} | | | | |")
+                continue
+            best = choices[int(np.argmin(tuned))]
+            for (name, pruning), threshold in itertools.product(PRUNINGS.items(), (None, BLANK)):
+                choice = replace(best, blank_threshold=threshold, beam=replace(best.beam, **pruning))
+                wer, speed = measure(choice, lm, vocabulary, log_probs[dev:], refs[dev:])
+                row = [backend, f"{best.beam.alpha:g} / {best.beam.beta:g}", name, str(threshold or "no")]
+                print("| " + " | ".join([*row, f"{wer:.2f}", f"{speed:.1f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

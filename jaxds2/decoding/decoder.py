@@ -1,0 +1,104 @@
+"""The decoder that somebody asked for: the one place that knows them all."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxds2.decoding.blanks import BlanksCollapsed
+from jaxds2.decoding.greedy import GreedyDecoder
+from jaxds2.decoding.hypothesis import Decoder, DecoderError
+from jaxds2.decoding.lm import WordModel, open_model
+from jaxds2.decoding.settings import BeamSettings
+from jaxds2.text import Vocabulary
+
+BACKENDS = ("pyctcdecode", "flashlight", "ctc-beam-decoder")
+
+HOT_WORD_WEIGHT = 10.0
+"""In nats, of a hot word without one; pyctcdecode's own."""
+
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """A decoder by its settings: small, and what a process needs to make its own."""
+
+    name: str = "greedy"
+    """greedy or beam; what follows is for beam."""
+    backend: str = "pyctcdecode"
+    """One of BACKENDS; never chosen by what happens to be installed."""
+    lm: Path | None = None
+    """ARPA file or KenLM binary."""
+    lexicon: Path | None = None
+    """flashlight: words to choose from, instead of those of the language model."""
+    blank_threshold: float | None = None
+    """See blanks.kept_frames; None searches every frame."""
+    beam: BeamSettings = field(default_factory=BeamSettings)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting came from, for the report."""
+
+
+def make_decoder(choice: DecoderChoice, vocabulary: Vocabulary, lm: WordModel | None = None) -> Decoder:
+    """Make the decoder.
+
+    Args:
+      choice: which.
+      vocabulary: the model's alphabet.
+      lm: choice.lm where it is open already.
+
+    Raises:
+      DecoderError: its package is missing, or settings that do not go together. LMError: as open_model.
+    """
+    if choice.name == "greedy":
+        return GreedyDecoder(vocabulary)
+    if choice.lexicon and choice.backend != "flashlight":
+        raise DecoderError(f"--backend {choice.backend} has no lexicon; take --backend flashlight")
+    threshold = choice.blank_threshold
+    if threshold is not None and not 0.5 <= threshold < 1:
+        raise DecoderError(f"blank threshold {threshold}: expected a probability, at least 0.5 and below 1")
+    for word, _ in choice.beam.hot_words:
+        if unknown := vocabulary.unknown(word):
+            raise DecoderError(
+                f"hot word {word!r}: {unknown!r} is not in the alphabet {vocabulary.characters!r} of the model"
+            )
+    if choice.lm and lm is None:
+        lm = open_model(choice.lm, vocabulary)
+    if choice.backend == "pyctcdecode":
+        from jaxds2.decoding.beam import BeamDecoder
+
+        decoder: Decoder = BeamDecoder(vocabulary, choice.beam, lm=lm)
+    elif choice.backend == "flashlight":
+        from jaxds2.decoding.flashlight import FlashlightDecoder
+
+        decoder = FlashlightDecoder(vocabulary, choice.beam, lm=lm, lexicon=choice.lexicon)
+    elif choice.backend == "ctc-beam-decoder":
+        from jaxds2.decoding.native_beam import NativeBeamDecoder
+
+        decoder = NativeBeamDecoder(vocabulary, choice.beam, lm=lm)
+    else:
+        raise DecoderError(f"back end {choice.backend!r}: expected one of {', '.join(BACKENDS)}")
+    if threshold is not None:
+        decoder = BlanksCollapsed(decoder, threshold)
+    decoder.settings.update(backend=choice.backend, sources=dict(choice.sources))
+    return decoder
+
+
+def read_hot_words(text: str, vocabulary: Vocabulary) -> tuple[tuple[str, float], ...]:
+    """Hot words of `word:weight,word:weight`, or of a file with one such a line; weight 10 where there is none.
+
+    Raises:
+      DecoderError: no word, more than one in a place, or a weight that is no number.
+    """
+    path = Path(text)
+    entries: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    found: dict[str, float] = {}
+    for entry in entries:
+        if not entry.strip():
+            continue
+        word, colon, weight = entry.strip().rpartition(":")
+        word, weight = (word, weight) if colon else (weight, str(HOT_WORD_WEIGHT))
+        try:
+            found[vocabulary.normalize(word)] = float(weight)
+        except ValueError:
+            raise DecoderError(f"hot word {entry.strip()!r}: expected word:weight, the weight a number") from None
+    if not found or any(len(word.split()) != 1 for word in found):
+        raise DecoderError(f"hot words {text!r}: expected single words, as word:weight,word:weight or a file of them")
+    return tuple(found.items())

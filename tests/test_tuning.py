@@ -1,0 +1,129 @@
+"""Settings are found on a development set, the same ones every time, and are used where they belong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxds2.decoding.decoder import DecoderChoice, make_decoder
+from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.decoding.lm import build_ngram
+from jaxds2.decoding.settings import BeamSettings
+from jaxds2.decoding.tuned import SETTINGS, defaults, settle, write_tuned
+from jaxds2.evaluation import tuning
+from jaxds2.evaluation.metrics import count_word_edits
+from jaxds2.evaluation.tuning import TuningError, draw_surface, refuse_test_sets, tune
+from jaxds2.text import Vocabulary
+
+pytest.importorskip("kenlm")
+pytest.importorskip("pyctcdecode")
+
+
+@pytest.fixture(scope="module")
+def an4(tmp_path_factory):
+    """Log-probabilities, references, vocabulary and language model of a few utterances; see test_decoder.py."""
+    with np.load(Path(__file__).parent / "an4_logprobs.npz") as file:
+        log_probs = np.split(file["log_probs"], np.cumsum(file["lengths"])[:-1])
+        lm = build_ngram(str(file["text"]).splitlines(), tmp_path_factory.mktemp("lm") / "lm.arpa")
+        return log_probs[:6], file["refs"].tolist()[:6], Vocabulary(str(file["characters"])), lm
+
+
+@pytest.fixture(scope="module")
+def tuned(an4):
+    log_probs, refs, vocabulary, lm = an4
+    return tune(log_probs, refs, vocabulary, DecoderChoice("beam", lm=lm), progress=False)
+
+
+def test_the_best_is_the_best_of_all_that_were_tried(an4, tuned):
+    log_probs, refs, vocabulary, _ = an4
+    assert tuned.best in tuned.points
+    assert tuned.best.cost == min(p.cost for p in tuned.points)
+    decode = make_decoder(tuned.best.choice, vocabulary)
+    assert tuned.best.word_errors == count_word_edits(refs, [decode(x)[0].text for x in log_probs]).errors
+    plain = make_decoder(DecoderChoice("beam", lm=tuned.best.choice.lm), vocabulary)
+    assert tuned.best.word_errors <= count_word_edits(refs, [plain(x)[0].text for x in log_probs]).errors
+
+
+def test_the_grid_is_whole_and_its_table_has_every_point(tuned):
+    assert [(p.choice.beam.alpha, p.choice.beam.beta) for p in tuned.grid] == [
+        (a, b) for a in tuning.ALPHAS for b in tuning.BETAS
+    ]
+    rows = tuned.render().splitlines()[1:-1]
+    rates = [float(rate) for row in rows for rate in row.split()[2:]]
+    assert rates == [round(100 * p.word_errors / tuned.words, 2) for p in tuned.grid]
+
+
+def test_every_pruning_was_tried_and_no_setting_twice(tuned):
+    for name, values in tuning.PRUNINGS.items():
+        assert {getattr(p.choice.beam, name) for p in tuned.points} == set(values)
+    assert len({p.choice.beam for p in tuned.points}) == len(tuned.points)
+
+
+def test_any_number_of_processes_finds_the_same(an4, tuned):
+    log_probs, refs, vocabulary, lm = an4
+    assert tune(log_probs, refs, vocabulary, DecoderChoice("beam", lm=lm), workers=2, progress=False) == tuned
+
+
+def test_the_surface_is_a_picture(tuned, tmp_path):
+    draw_surface(tuned, tmp_path / "surface.png")
+    assert (tmp_path / "surface.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["test", "test-clean", "an4_test", "TEST"])
+def test_a_test_set_is_refused(name):
+    with pytest.raises(TuningError, match=f"{name}.*by its name a test set"):
+        refuse_test_sets(Path(f"data/{name}.jsonl"), name)
+
+
+@pytest.mark.parametrize("name", ["dev", "dev-clean", "contest", "latest"])
+def test_a_set_that_is_none_is_not_refused(name):
+    refuse_test_sets(Path(f"data/test/{name}.jsonl"), name)
+
+
+# decoding.json.
+
+
+@pytest.fixture
+def run(an4, tmp_path):
+    import hashlib
+
+    sha256 = hashlib.sha256(an4[3].read_bytes()).hexdigest()
+    settings = defaults() | {"alpha": 1.25, "beam_width": 25, "blank_threshold": None}
+    write_tuned(tmp_path, "pyctcdecode", {"lm_sha256": sha256, "settings": settings})
+    return tmp_path
+
+
+def test_explicit_settings_win_over_tuned_ones_and_those_over_the_defaults(an4, run):
+    values, sources = settle({"beam_width": 50, "alpha": None}, run, "pyctcdecode", an4[3])
+    assert values == defaults() | {"alpha": 1.25, "beam_width": 50}
+    assert sources == dict.fromkeys(SETTINGS, "decoding.json") | {"beam_width": "command line"}
+
+
+def test_settings_of_another_back_end_or_language_model_are_not_used(an4, run, tmp_path):
+    other = tmp_path / "other.arpa"
+    other.write_text("another")
+    for backend, lm in (("flashlight", an4[3]), ("pyctcdecode", other), ("pyctcdecode", None)):
+        values, sources = settle({}, run, backend, lm)
+        assert values == defaults()
+        assert set(sources.values()) == {"default"}
+    assert settle({}, None, "pyctcdecode", an4[3])[0] == defaults()
+
+
+def test_back_ends_stand_beside_one_another(run):
+    write_tuned(run, "flashlight", {"lm_sha256": "x", "settings": {}})
+    assert set(json.loads((run / "decoding.json").read_text())) == {"pyctcdecode", "flashlight"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_is_refused(content, an4, run):
+    (run / "decoding.json").write_text(content)
+    with pytest.raises(DecoderError, match=r"decoding\.json: .*; delete it or tune again"):
+        settle({}, run, "pyctcdecode", an4[3])
+
+
+def test_the_defaults_are_the_settings_own():
+    beam = BeamSettings()
+    assert {name: getattr(beam, name) for name in SETTINGS if name != "blank_threshold"}.items() <= defaults().items()
+    assert replace(beam, **{k: v for k, v in defaults().items() if k != "blank_threshold"}) == beam
