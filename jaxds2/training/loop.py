@@ -126,7 +126,12 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
         "jax": jax.__version__,
         "devices": f"{jax.local_device_count()} {jax.default_backend()}",
         f"what is in {folder}": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing",
-        **dict(line.split(" = ", 1) for line in describe(config).splitlines()),
+        **{
+            f"{section}.{name}": value
+            for section, fields in dataclasses.asdict(config).items()
+            if isinstance(fields, dict)
+            for name, value in fields.items()
+        },
     }
 
 
