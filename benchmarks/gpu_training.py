@@ -103,7 +103,9 @@ def one_step(suite: Suite, name: str, model: "ModelConfig", seconds: int) -> dic
     optimizer = make_optimizer(OptimizerConfig(), 1000)
     state = TrainState.create(params, optimizer, ema_decay=0.999)
     grads, loss = columns["gradient-associative"]()
-    columns["update"], memory["update"] = compiled(make_update_step(optimizer, ema_decay=0.999), state, grads, loss)
+    columns["update"], memory["update"] = compiled(
+        make_update_step(optimizer, ema_decay=0.999), state, grads, loss.mean
+    )
     columns["features"], _ = compiled(lambda a, n: log_mel(a, n, features), batch.audio_BS, batch.audio_lengths_B)
     features_BTF, frames_B = log_mel(batch.audio_BS, batch.audio_lengths_B, features)
     logits_BUV, logit_lengths_B = jax.jit(apply)(params, features_BTF, frames_B)

@@ -208,6 +208,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
     parser.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
     parser.add_argument("--dry-run", action="store_true", help="parameters, shapes, FLOPs and memory; no training")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
+    parser.add_argument("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    parser.add_argument(
+        "--join-timeout", type=int, default=300, metavar="SECONDS", help="wait so long for the others (default: 300)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.set_defaults(call=_train, usage=parser.format_usage())
 
@@ -225,6 +231,16 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxds2.allocator import keep_pages
 
     keep_pages()
+    from jaxds2.hosts import find_cluster, join
+
+    cluster = find_cluster(
+        os.environ,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+    )
+    if cluster is not None:
+        join(cluster, timeout_s=arguments.join_timeout)
     from jaxds2.training.loop import train as train_run
 
     return train_run(config, arguments.run or Path("runs") / config.name)

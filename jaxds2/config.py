@@ -64,7 +64,8 @@ class DataConfig:
     max_duration: float = 20.0
     """Seconds; longer utterances are left out of training, counted and named."""
     batch_seconds: float = 60.0
-    """Seconds of audio in a batch over all devices, padding included; more where `rows_multiple` rows take more."""
+    """Seconds of audio in a batch over all devices, padding included; more where `rows_multiple` rows take more. See
+    also training.accumulate."""
     num_buckets: int = 8
     """Number of static batch shapes; their edges minimise the padding on the actual manifest."""
     rows_multiple: int = 8
@@ -261,7 +262,12 @@ class TrainingConfig:
     """Draw dropout's bits with the device's own generator instead of threefry; its masks may then change with the
     number of devices, the batch around an utterance and the version of XLA; see docs/numerics.md."""
     devices: int | None = None
-    """Number of local devices to use; None: all."""
+    """Number of local devices to use, on each host; None: all."""
+    fsdp: int = 1
+    """Devices over which parameters, their average and the optimizer's state are split; 1: each device has all."""
+    accumulate: int = 1
+    """Batches whose gradients make one update, each label with the same weight. `steps` and everything else that counts
+    steps counts updates; each batch needs the memory of one."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights that evaluation uses; 0: none."""
     checkpoint_every: int | None = None
@@ -285,6 +291,8 @@ class TrainingConfig:
         for name in ("epochs", "steps", "checkpoint_every", "eval_every", "devices"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name}={value}: must be at least 1")
+        for name in ("fsdp", "accumulate"):
+            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)}: must be at least 1")
         _require(self.consistency >= 0, f"training.consistency={self.consistency}: must be 0 or more")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay={self.ema_decay}: must be in [0, 1)")
         _require(self.log_every >= 1, f"training.log_every={self.log_every}: must be at least 1")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-from jaxds2.data.placement import data_mesh
+from jaxds2.data.placement import AXES, data_mesh
 from jaxds2.model import mosaic, scan
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -59,11 +59,11 @@ def both(gate_TBD, candidate_TBD, implementation: scan.Implementation = "fused")
 
 
 if __name__ == "__main__":
-    mesh = data_mesh(4, rows_multiple=4)
+    mesh = data_mesh(4, rows_multiple=4, fsdp=2)
     inputs = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
     want = both(*inputs, implementation="sequential")
     mosaic.forward, mosaic.backward, mosaic.serves = forward, backward, lambda gate: True
-    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "data"))) for x in inputs]
+    placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, AXES))) for x in inputs]
     found = {}
     for name, context in (("wrapped", mesh.abstract_mesh), ("bare", None)):
         with use_abstract_mesh(context) if context else use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

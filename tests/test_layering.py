@@ -18,6 +18,7 @@ FLOORS = (
         "features",
         "augment",
         "ctc",
+        "hosts",
         "data.manifest",
         "data.download",
         "decoding.hypothesis",

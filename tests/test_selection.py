@@ -8,7 +8,8 @@ from jaxds2.audio import AudioError
 from jaxds2.config import Config, ConfigError, DataConfig, TrainingConfig
 from jaxds2.data.manifest import Utterance, write_manifest
 from jaxds2.text import Vocabulary
-from jaxds2.training.selection import read_dev_data
+from jaxds2.training.loop import is_due
+from jaxds2.training.selection import num_updates, plan_batches, read_dev_data
 
 VOCABULARY = Vocabulary("abc ")
 
@@ -34,3 +35,14 @@ def test_a_dev_recording_too_short_for_a_frame_is_named(tmp_path):
 def test_a_dev_set_without_any_text_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no utterance has a text"):
         read_dev_data(dev_set(tmp_path, text="", samples=8000), VOCABULARY)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 7])
+def test_with_accumulated_batches_an_epoch_is_over_in_the_step_that_holds_its_last_batch(accumulate):
+    config = Config("x", data=DataConfig(batch_seconds=8.0), training=TrainingConfig(epochs=4, accumulate=accumulate))
+    plan = plan_batches(config, np.linspace(1, 4, 50), np.full(50, 3), digest="x")
+    ends = [plan.steps_for_epochs(epochs) for epochs in range(1, 5)]
+    steps = num_updates(config, plan)
+    assert (steps - 1) * accumulate < ends[-1] <= steps * accumulate
+    want = [any((s - 1) * accumulate < end <= s * accumulate for end in ends) for s in range(1, steps + 1)]
+    assert [is_due(s, None, plan, steps, accumulate) for s in range(1, steps + 1)] == want

@@ -20,7 +20,7 @@ from jaxds2.features import log_mel
 from jaxds2.model.deepspeech2 import create
 from jaxds2.training import step as step_module
 from jaxds2.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step
+from jaxds2.training.step import TrainState, accumulate, make_eval_step, make_gradient_step, make_update_step
 
 FEATURES = FeatureConfig(n_mels=20)
 AUGMENT = AugmentConfig(freq_mask_bins=4, mel_warp=0.05)
@@ -61,7 +61,20 @@ def setup(
         apply, FEATURES, AUGMENT, mesh=mesh, seed=0, ctc=ctc, fast_random=fast_random, consistency=consistency
     )
     update_step = make_update_step(tx, ema_decay=ema_decay)
-    return state, jax.jit(lambda state, batch: update_step(state, *gradient_step(state.params, batch)))
+
+    def step(state, batch):
+        grads, loss = gradient_step(state.params, batch)
+        return update_step(state, grads, loss.mean)
+
+    return state, jax.jit(step)
+
+
+@functools.cache
+def gradient(*, consistency=0.0, augment=AUGMENT, model=MODEL):
+    """Parameters, and the first half of a step."""
+    apply, params = create(FEATURES.n_mels, V, model, dtype=jnp.float32)
+    mesh = data_mesh(1, rows_multiple=4)
+    return params, jax.jit(make_gradient_step(apply, FEATURES, augment, mesh=mesh, seed=0, consistency=consistency))
 
 
 def run(state, step, steps=5, dtype_promotion="strict", **kwargs):
@@ -281,8 +294,11 @@ def test_a_filler_row_changes_nothing(consistency):
     state_full, metrics_full = step(state, full)
     state_padded, metrics_padded = step(state, padded)
     np.testing.assert_allclose(metrics_padded.loss, metrics_full.loss, rtol=1e-5)
-    assert int(metrics_padded.utterances) == 4
-    assert not metrics_padded.infeasible_B.any()
+    params, gradient_step = gradient(consistency=consistency)
+    of_full, of_padded = (gradient_step(params, x)[1] for x in (full, padded))
+    assert int(of_padded.mean.labels) == int(of_full.mean.labels) == full.label_lengths_B.sum()
+    assert int(of_padded.samples) == full.audio_lengths_B.sum()
+    assert not of_padded.infeasible_B.any()
     for name, value in state_full.params.items():
         # Adam's first step is a sign: compare where the gradient is not rounding noise.
         difference = np.abs(np.asarray(value) - np.asarray(state_padded.params[name]))
@@ -292,19 +308,17 @@ def test_a_filler_row_changes_nothing(consistency):
 def test_consistent_views_cost_their_mean_loss_and_how_far_they_are_apart():
     """Without augmentation and dropout both views are one, so that the loss is that of a single view."""
     model, none = dataclasses.replace(MODEL, dropout=0.0), AugmentConfig(freq_masks=0, time_masks=0)
-    apply, params = create(FEATURES.n_mels, V, model, dtype=jnp.float32)
-    mesh = data_mesh(1, rows_multiple=4)
 
     def loss(augment, consistency):
-        step = make_gradient_step(apply, FEATURES, augment, mesh=mesh, seed=0, consistency=consistency)
-        return jax.jit(step)(params, batch())
+        params, gradient_step = gradient(model=model, augment=augment, consistency=consistency)
+        return gradient_step(params, batch())
 
     grads, one = loss(none, 0.0)
     grads_twice, same = loss(none, 7.0)
-    np.testing.assert_allclose(same.loss, one.loss, rtol=1e-6)
+    np.testing.assert_allclose(same.mean.loss, one.mean.loss, rtol=1e-6)
     for name, value in grads.items():
         np.testing.assert_allclose(grads_twice[name], value, atol=1e-5 * float(jnp.abs(value).max()), err_msg=name)
-    little, much = (float(loss(AUGMENT, weight)[1].loss) for weight in (1.0, 2.0))
+    little, much = (float(loss(AUGMENT, weight)[1].mean.loss) for weight in (1.0, 2.0))
     assert little < much
 
 
@@ -316,15 +330,56 @@ def test_the_streams_of_an_utterances_key_are_apart():
 
 @pytest.mark.parametrize("consistency", [0.0, 0.2])
 def test_a_label_that_cannot_fit_is_named_and_left_out(consistency):
-    state, step = setup(consistency=consistency)
+    params, gradient_step = gradient(consistency=consistency)
     good = batch()
     bad = dataclasses.replace(good, audio_lengths_B=good.audio_lengths_B.copy(), labels_BN=good.labels_BN.copy())
     bad.audio_lengths_B[2] = 900  # 3 frames in, 1 out
     bad.label_lengths_B[2] = 4
-    state, metrics = step(state, bad)
-    np.testing.assert_array_equal(metrics.infeasible_B, [False, False, True, False])
-    assert int(metrics.utterances) == 3
-    assert bool(metrics.finite)
+    grads, loss = gradient_step(params, bad)
+    np.testing.assert_array_equal(loss.infeasible_B, [False, False, True, False])
+    assert int(loss.mean.labels) == np.delete(bad.label_lengths_B, 2).sum()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, loss)))
+
+
+def parts_of(whole: Batch, sizes: list[int]) -> list[Batch]:
+    """A batch cut into batches of so many rows."""
+    ends = np.cumsum(sizes)
+    return [
+        jax.tree.map(lambda x, a=end - rows, b=end: x[a:b] if np.ndim(x) else x, whole)
+        for end, rows in zip(ends, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [1, 5, 2], [2, 2, 2, 2]])
+def test_accumulated_batches_are_one_batch_of_their_union(sizes):
+    """However many labels each has, and one of them none that fits: the mean of all labels, not of the batches."""
+    params, gradient_step = gradient()
+    whole = batch(rows=8)
+    whole.label_lengths_B[:4] = 1
+    whole.audio_lengths_B[0] = 900  # 3 frames in, 1 out
+    whole.label_lengths_B[0] = 4
+    want, want_loss = gradient_step(params, whole)
+    (grads, loss), *rest = (gradient_step(params, part) for part in parts_of(whole, sizes))
+    mean = loss.mean
+    for more, loss in rest:
+        grads, mean = jax.jit(accumulate)(grads, mean, more, loss.mean)
+    np.testing.assert_allclose(mean.loss, want_loss.mean.loss, rtol=1e-5)
+    assert int(mean.labels) == int(want_loss.mean.labels)
+    for name, value in want.items():
+        np.testing.assert_allclose(grads[name], value, atol=1e-5 * float(jnp.abs(value).max()), err_msg=name)
+
+
+def test_an_accumulated_batch_that_is_not_finite_spoils_the_step_and_an_empty_one_changes_nothing():
+    params, gradient_step = gradient()
+    grads, loss = gradient_step(params, batch())
+    empty = dataclasses.replace(batch(), label_lengths_B=np.zeros(4, np.int32), index_B=np.full(4, -1, np.int32))
+    for pair in ((grads, loss), gradient_step(params, empty)), (gradient_step(params, empty), (grads, loss)):
+        (some, first), (more, second) = pair
+        both, mean = accumulate(some, first.mean, more, second.mean)
+        np.testing.assert_allclose(mean.loss, loss.mean.loss, rtol=1e-6)
+        np.testing.assert_allclose(both["head.bias"], grads["head.bias"], rtol=1e-6)
+    bad = dataclasses.replace(loss.mean, loss=jnp.float32(jnp.nan))
+    assert np.isnan(accumulate(grads, loss.mean, grads, bad)[1].loss)
 
 
 def test_a_non_finite_step_is_skipped_and_counted():

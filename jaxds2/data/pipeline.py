@@ -64,7 +64,10 @@ def filler_batch(bucket: Bucket, epoch: int = 0) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class LoadedBatch:
-    """A batch and what only the host needs to know. Not a pytree, so that it cannot slip into a compiled function."""
+    """A batch, or a process' rows of it, and what only the host needs to know.
+
+    Not a pytree, so that it cannot slip into a compiled function.
+    """
 
     step: int
     batch: Batch
@@ -82,6 +85,8 @@ def load_batches(
     stop_step: int | None = None,
     workers: int = 0,
     prefetch: int = 4,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[Iterator[LoadedBatch]]:
     """Batches of steps `start_step` to `stop_step - 1`, in order; decoding starts at once, in the background.
 
@@ -96,6 +101,8 @@ def load_batches(
       stop_step: None: without end.
       workers: processes; 0 decodes in two threads of this process. The batches are the same.
       prefetch: steps that are decoded ahead, by each worker.
+      process: read this one's rows only, where the rows of each batch are split evenly over `processes`.
+      processes: how many read; they divide the rows of every bucket.
 
     Raises:
       PipelineError: on entry, if `utterances` is not the list of `plan`; by the iterator, if a step cannot be made
@@ -109,7 +116,7 @@ def load_batches(
         raise PipelineError(f"{len(utterances)} utterances, but the plan was made of {len(plan.num_samples_N)}")
     read = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=prefetch)
     recordings = Recordings()
-    steps = _Steps(utterances, plan, vocabulary, recordings, start_step, stop_step)
+    steps = _Steps(utterances, plan, vocabulary, recordings, start_step, stop_step, process, processes)
     dataset = grain.MapDataset.source(steps).to_iter_dataset(read)
     if workers:
         if not flags.FLAGS.is_parsed():
@@ -174,7 +181,10 @@ class _Steps:
         recordings: Recordings,
         start: int,
         stop: int | None,
+        process: int,
+        processes: int,
     ):
+        self._process, self._processes = process, processes
         self._plan, self._vocabulary, self._recordings = plan, vocabulary, recordings
         # Lists of strings go to a worker ten times faster than 281,000 utterances with their paths.
         self._ids = [u.id for u in utterances]
@@ -201,9 +211,13 @@ class _Steps:
 
     def _load(self, step: int) -> tuple[int, Batch, tuple[str, ...]]:
         plan = self._plan.step(step)
-        batch = filler_batch(plan.bucket, plan.epoch)
+        bucket = plan.bucket.share(self._processes)
+        batch = filler_batch(bucket, plan.epoch)
+        own = slice(self._process * bucket.rows, (self._process + 1) * bucket.rows)
         failures = []
-        for row, (index, speed) in enumerate(zip(plan.indices_B.tolist(), plan.speeds_B.tolist(), strict=True)):
+        for row, (index, speed) in enumerate(
+            zip(plan.indices_B[own].tolist(), plan.speeds_B[own].tolist(), strict=True)
+        ):
             if index < 0:
                 continue
             try:

@@ -8,7 +8,7 @@ integer, the step, is all that a checkpoint has to remember.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Bucket:
     num_samples: int
     rows: int
     num_labels: int
+
+    def share(self, processes: int) -> "Bucket":
+        """The shape of the rows that each of so many processes reads."""
+        return replace(self, rows=self.rows // processes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from jaxds2.data.manifest import Utterance
 from jaxds2.decoding.hypothesis import Decode, Hypothesis
 from jaxds2.decoding.pool import Pool
 from jaxds2.evaluation.metrics import EditCounts, count_character_edits, count_word_edits
+from jaxds2.hosts import gather
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.text import Vocabulary
 
@@ -44,7 +46,8 @@ class Scores:
     audio_seconds: float
     wall_seconds: float
     example: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """log_probs_UV of the first utterance, to look at; empty where they were there before."""
+    """log_probs_UV of the first of the utterances that this process decoded, to look at; empty where they were there
+    before."""
 
     @property
     def rtfx(self) -> float:
@@ -65,6 +68,8 @@ def evaluate(
     keep: Callable[[int, np.ndarray], None] = lambda index, log_probs_UV: None,
 ) -> Scores:
     """Decode every utterance once and count its edits.
+
+    Of several processes each decodes its rows of every batch; all of them get the same scores.
 
     Args:
       recognizer: the model and its weights.
@@ -88,10 +93,9 @@ def evaluate(
         recognizer.warm_up(plan)
     order: list[int] = []
     failed: list[str] = []
-    infeasible: list[str] = []
-    nats: list[float] = []
-    labels: list[int] = []
-    examples: list[np.ndarray] = []
+    losses: list[tuple[int, float | None]] = []
+    """Index and nats, None where the label does not fit."""
+    examples: list[tuple[int, np.ndarray]] = []
 
     def emitted() -> Iterator[np.ndarray]:
         for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
@@ -106,22 +110,34 @@ def evaluate(
                     failed.append(_too_short(utterances[index]))
                     continue
                 keep(index, log_probs_UV)
-                if with_loss and not output.feasible_B[row]:
-                    infeasible.append(utterances[index].id)
-                elif with_loss:
-                    nats.append(float(output.loss_B[row]))
-                    labels.append(len(refs[index]))
-                if index == 0:
-                    examples.append(log_probs_UV)
+                losses.append((index, float(output.loss_B[row]) if output.feasible_B[row] else None))
+                if not examples or index < examples[0][0]:
+                    examples[:] = [(index, log_probs_UV)]
                 order.append(index)
                 yield log_probs_UV
 
     start = time.perf_counter()
-    decoded = _decode_all(emitted(), decode, pool, len(utterances), progress)
+    own = -(-len(utterances) // jax.process_count())
+    decoded = list(zip(order, _decode_all(emitted(), decode, pool, own, progress), strict=False))
+    decoded, failed, losses = (
+        [one for part in parts for one in part] for parts in zip(*gather((decoded, failed, losses)), strict=True)
+    )
     wall_seconds = time.perf_counter() - start
-    scores = _scores(utterances, refs, dict(zip(order, decoded, strict=True)), failed, wall_seconds)
-    loss = sum(nats) / max(sum(labels), 1) if with_loss else None
-    return replace(scores, loss=loss, infeasible=infeasible, example=examples[0])
+    found = dict(decoded)
+    if len(found) < len(decoded):
+        raise EvaluationError(f"{len(decoded) - len(found)} utterances were decoded twice: a fault of the plan")
+    scores = _scores(utterances, refs, found, failed, wall_seconds)
+    if examples:
+        scores = replace(scores, example=examples[0][1])
+    if not with_loss:
+        return scores
+    losses.sort()
+    fitting = [(nats, len(refs[index])) for index, nats in losses if nats is not None]
+    return replace(
+        scores,
+        loss=sum(nats for nats, _ in fitting) / max(sum(labels for _, labels in fitting), 1),
+        infeasible=[utterances[index].id for index, nats in losses if nats is None],
+    )
 
 
 def evaluate_log_probs(

@@ -14,7 +14,7 @@ from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, read_config
 from jaxds2.data.manifest import Utterance, manifest_digest
 from jaxds2.data.pipeline import Batch, filler_batch, load_batches
-from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.data.placement import data_mesh, own_rows, place, replicate, rows_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
@@ -80,7 +80,8 @@ class Recognizer:
         mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
         options = compiler_options(mesh.devices.flat[0].platform)
-        eval_step = jax.jit(make_eval_step(apply, config.features, mesh=mesh), compiler_options=options)
+        eval_step = make_eval_step(apply, config.features, mesh=mesh)
+        eval_step = jax.jit(eval_step, out_shardings=rows_of(mesh), compiler_options=options)
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)
 
     def plan(self, utterances: Sequence[Utterance]) -> BatchPlan:
@@ -99,12 +100,13 @@ class Recognizer:
     def warm_up(self, plan: BatchPlan) -> None:
         """Compile for every batch shape of a plan."""
         for bucket in plan.buckets:
-            jax.block_until_ready(self.eval_step(self.params, place(filler_batch(bucket), self.mesh)))
+            batch = filler_batch(bucket.share(jax.process_count()))
+            jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
 
     def run(
         self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
     ) -> Iterator[tuple[Batch, EvalOutput, tuple[str, ...]]]:
-        """The model's output for each batch of the first epoch of a plan.
+        """The model's output for each batch of the first epoch of a plan; of several processes each has its rows.
 
         Args:
           utterances: what the plan was made of.
@@ -117,7 +119,15 @@ class Recognizer:
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)
         workers = self.config.data.workers if steps >= WORTH_WORKERS else 0
-        with load_batches(utterances, plan, vocabulary=vocabulary, stop_step=steps, workers=workers) as batches:
+        with load_batches(
+            utterances,
+            plan,
+            vocabulary=vocabulary,
+            stop_step=steps,
+            workers=workers,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        ) as batches:
             for loaded in batches:
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield loaded.batch, jax.device_get(output), loaded.failures
+                yield loaded.batch, own_rows(output), loaded.failures

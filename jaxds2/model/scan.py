@@ -27,9 +27,6 @@ from jaxds2.model.cell import Candidate, activate_candidate, decay, step, step_g
 
 Implementation = Literal["auto", "associative", "sequential", "fused"]
 
-ROWS = "data"
-"""Axis of the mesh over which rows are split."""
-
 
 def choose(implementation: Implementation) -> Literal["associative", "sequential", "fused"]:
     """The form that `auto` stands for on the default device."""
@@ -326,18 +323,18 @@ def on_own_rows(kernel: Callable[..., Any], *inputs: Sequence[jax.Array]) -> Any
     """kernel(*inputs), each device on its own rows of arrays (T, B, D) and (B, D).
 
     XLA cannot look into a kernel, so by itself it would gather all rows onto every device. The mesh is that of
-    `jax.sharding.use_abstract_mesh`; without one, or without an axis ROWS, the kernel is simply called.
+    `jax.sharding.use_abstract_mesh`, rows are split over all of its axes; without one the kernel is simply called.
 
     Args:
       kernel: takes lists of arrays and returns lists of arrays; rows are independent.
       inputs: lists of arrays, rows in the last dimension but one.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if ROWS not in mesh.axis_names:
+    if not mesh.axis_names:
         return kernel(*inputs)
 
     def rows(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(*(None,) * (x.ndim - 2), ROWS)
+        return PartitionSpec(*(None,) * (x.ndim - 2), mesh.axis_names)
 
     out_specs = jax.tree.map(rows, jax.eval_shape(kernel, *inputs))
     return jax.shard_map(kernel, mesh=mesh, in_specs=jax.tree.map(rows, inputs), out_specs=out_specs, check_vma=False)(

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxds2.files import lacks_room, write_whole
 
@@ -82,6 +83,8 @@ class Checkpoints:
         self._shown = root
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
+        self._elsewhere: set[int] = set()
+        """Steps that another process saves for this one."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -101,7 +104,7 @@ class Checkpoints:
 
         Args:
           step: steps taken.
-          state: a pytree of arrays, replicated if they are on several devices.
+          state: a pytree of arrays, on any devices. Of several processes all call this, and the first one writes.
           meta: anything that JSON can hold.
           wer: dev WER of this state; None, or not finite: it cannot become the best.
 
@@ -112,10 +115,13 @@ class Checkpoints:
         if step in self.steps():
             raise CheckpointError(f"{self._shown}: step {step} could not be saved, it is there already")
         # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
-        arrays = {path: np.array(leaf) for path, leaf in _flatten(state).items()}
+        arrays = {path: _whole(leaf) for path, leaf in _flatten(state).items()}
         manifest = {"format": FORMAT, "step": step, "wer": None, "meta": meta}
         if wer is not None and math.isfinite(wer):
             manifest["wer"] = wer
+        if jax.process_index() > 0:
+            self._elsewhere.add(step)
+            return
         self._saving = step, self._writer.submit(self._write, step, arrays, manifest)
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
@@ -123,10 +129,10 @@ class Checkpoints:
         self._remove_unfinished()
         try:
             folder.mkdir(parents=True)
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            with _orbax() as orbax:
                 orbax.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
             manifest["leaves"] = {path: _describe(path, array) for path, array in arrays.items()}
-            self._read_arrays(folder, manifest["leaves"], dict.fromkeys(arrays))
+            self._read_arrays(folder, manifest["leaves"], arrays)
             manifest["files"] = _files(folder)
             with (folder / _MANIFEST).open("wb") as file:
                 file.write(_encode(manifest))
@@ -173,6 +179,11 @@ class Checkpoints:
             ) from e
         self._saving = None
 
+    def settle(self) -> None:
+        """Wait until the save under way is on disk, in every process. Raises CheckpointError as `wait` does."""
+        self.wait()
+        multihost_utils.sync_global_devices("saved")
+
     def raise_failure(self) -> None:
         """Raise CheckpointError as `wait` does if the save under way has failed, without waiting for it."""
         if self._saving is not None and self._saving[1].done():
@@ -192,7 +203,7 @@ class Checkpoints:
           CheckpointError: the folder cannot be read.
         """
         saving = () if self._saving is None else self._saving[:1]
-        return sorted({*self._on_disk(), *saving})
+        return sorted({*self._on_disk(), *saving, *self._elsewhere})
 
     def _on_disk(self) -> list[int]:
         try:
@@ -226,9 +237,11 @@ class Checkpoints:
           CheckpointError: it is damaged. WriteError: it cannot be written.
         """
         self.wait()
-        manifest, folder = self._manifest(step), self.root / str(step)
-        manifest |= {"format": FORMAT, "files": manifest["files"] or _files(folder), "wer": wer}
-        write_whole(folder / _MANIFEST, _encode(manifest))
+        if jax.process_index() == 0:
+            manifest, folder = self._manifest(step), self.root / str(step)
+            manifest |= {"format": FORMAT, "files": manifest["files"] or _files(folder), "wer": wer}
+            write_whole(folder / _MANIFEST, _encode(manifest))
+        multihost_utils.sync_global_devices("rescored")
 
     def resolve(self, which: str | int) -> int:
         """The step that `best`, `last` or a number means.
@@ -266,6 +279,8 @@ class Checkpoints:
     def set_aside_damaged(self) -> list[str]:
         """Verify every checkpoint and rename those that are damaged, so that training goes on from one that is whole.
 
+        Of several processes all call this, and the first one does it.
+
         Returns:
           A line for each that was renamed.
 
@@ -273,7 +288,7 @@ class Checkpoints:
           CheckpointError: none is whole, or one was written by a newer version.
         """
         damaged: dict[int, DamagedError] = {}
-        for step in self.steps():
+        for step in self.steps() if jax.process_index() == 0 else ():
             try:
                 self.verify(step)
             except DamagedError as e:
@@ -287,6 +302,7 @@ class Checkpoints:
                 os.rename(self.root / str(step), aside)
             except OSError as e:
                 raise CheckpointError(f"{damaged[step]}; it cannot be renamed ({_reason(e)})") from e
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         return [f"{error}; it is set aside as {step}.damaged" for step, error in damaged.items()]
 
     def verify(self, step: int) -> None:
@@ -299,7 +315,7 @@ class Checkpoints:
         self.wait()
         manifest, folder = self._manifest(step), self.root / str(step)
         if not manifest["files"]:
-            self._read_arrays(folder, manifest["leaves"], dict.fromkeys(manifest["leaves"]))
+            self._read_arrays(folder, manifest["leaves"], manifest["leaves"])
         for name, saved in manifest["files"].items():
             try:
                 there = _sum(folder / name)
@@ -343,9 +359,9 @@ class Checkpoints:
                     f"{self._shown / str(step)}: {path} is {there} in the checkpoint, {here} in this model; "
                     f"use the config that the run was trained with"
                 )
-        shardings = {path: _sharding(leaf) for path, leaf in wanted.items()}
-        arrays = self._read_arrays(self.root / str(step), leaves, shardings)
-        return jax.tree.unflatten(jax.tree.structure(template), [arrays[path] for path in wanted])
+        arrays = self._read_arrays(self.root / str(step), leaves, list(wanted))
+        placed = [_place(arrays.pop(path), _sharding(leaf)) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), placed)
 
     def restore_weights(self, step: int) -> tuple[Any, Any | None]:
         """The parameters and their moving average (None where there is none), as nested dictionaries of numpy arrays.
@@ -358,7 +374,7 @@ class Checkpoints:
         self.verify(step)
         leaves: Leaves = self._manifest(step)["leaves"]
         weights = [path for path in leaves if path.startswith(("params/", "ema/"))]
-        tree = _nest(self._read_arrays(self.root / str(step), leaves, dict.fromkeys(weights)))
+        tree = _nest(self._read_arrays(self.root / str(step), leaves, weights))
         return tree["params"], tree.get("ema")
 
     def restore_params(self, step: int) -> Any:
@@ -366,25 +382,18 @@ class Checkpoints:
         params, ema = self.restore_weights(step)
         return params if ema is None else ema
 
-    def _read_arrays(
-        self, folder: Path, leaves: Leaves, shardings: Mapping[str, jax.sharding.Sharding | None]
-    ) -> dict[str, Any]:
-        """The arrays of the paths in `shardings`; on the host where that is None. Raises DamagedError."""
-        restore_args = {
-            path: ocp.RestoreArgs(restore_type=np.ndarray)
-            if sharding is None
-            else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
-            for path, sharding in shardings.items()
-        }
-        item = {path: jax.ShapeDtypeStruct(leaves[path]["shape"], leaves[path]["dtype"]) for path in shardings}
+    def _read_arrays(self, folder: Path, leaves: Leaves, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """The arrays of these paths, on the host. Raises DamagedError."""
+        item = {path: jax.ShapeDtypeStruct(leaves[path]["shape"], leaves[path]["dtype"]) for path in paths}
+        restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in item}
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-                arrays: dict[str, Any] = orbax.restore(folder / "state", args=args)
+            with _orbax() as orbax:
+                arrays: dict[str, np.ndarray] = orbax.restore(folder / "state", args=args)
         except Exception as e:  # orbax names no exceptions of its own
             raise self._damaged(folder, _reason(e)) from e
         for path, array in arrays.items():
-            if _describe(path, np.asarray(array)) != leaves[path]:
+            if _describe(path, array) != leaves[path]:
                 raise self._damaged(folder, f"{path} is not what was saved")
         return arrays
 
@@ -500,6 +509,27 @@ def _signature(dtype: Any, shape: Any) -> str:
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
     return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _orbax() -> ocp.Checkpointer:
+    """orbax as it works for a process alone, though there may be others."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """A copy of an array on the host, put together where it is split over devices of several processes."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(leaf)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def compile_ahead(
     monitor: Monitor,
     should_stop: Callable[[], bool],
 ) -> dict[tuple[int, ...], Compiled]:
-    """The gradient step compiled for each batch shape, by the shape of its audio_BS; fewer after a stop.
+    """The gradient step compiled for each batch shape, by the shape of this process' audio_BS; fewer after a stop.
 
     Raises:
       OutOfMemoryError: there is too little memory to compile one.
@@ -61,7 +61,7 @@ def compile_ahead(
     compiled: dict[tuple[int, ...], Compiled] = {}
     needed: dict[tuple[int, ...], int] = {}
     start = time.perf_counter()
-    for done, bucket in enumerate(buckets):
+    for done, bucket in enumerate(bucket.share(jax.process_count()) for bucket in buckets):
         if should_stop():
             break
         monitor.preparing("compiling batch shape", done, len(buckets))

@@ -24,7 +24,7 @@ from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling
 from jaxds2.model.scan import choose
 from jaxds2.text import Vocabulary
 from jaxds2.training.optimizer import make_optimizer
-from jaxds2.training.selection import plan_batches, read_training_data
+from jaxds2.training.selection import num_updates, plan_batches, read_training_data
 
 NORM_FLOPS, GELU_FLOPS, SCAN_FLOPS = 8, 10, 12
 """Elementwise operations, counted as one each: per element of a layer norm and of a GELU, and per state and frame of a
@@ -55,8 +55,8 @@ class DryRun:
     sample_rate: int
     padding_share: float
     """Of the first epoch."""
-    steps_per_epoch: int
-    """Of the first epoch; with speed perturbation epochs differ by a few."""
+    steps_per_epoch: float
+    """Updates in the first epoch; with speed perturbation epochs differ by a few."""
     total_steps: int
     flops_per_audio_hour: Mapping[str, int]
     """Forward, by kind of layer, for an hour of audio without padding."""
@@ -104,7 +104,7 @@ class DryRun:
         ]
         lines += [
             f"padding           {100 * self.padding_share:.1f} %",
-            f"steps             {self.steps_per_epoch:,} per epoch, {self.total_steps:,} in all",
+            f"steps             {self.steps_per_epoch:,.0f} per epoch, {self.total_steps:,} in all",
             "",
             "forward FLOPs per hour of audio (closed formula)",
         ]
@@ -147,7 +147,7 @@ def dry_run(config: Config) -> DryRun:
         reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.left_out.items())
         raise ConfigError(f"nothing to train on in {corpus.source}: all utterances are left out ({reasons})")
     plan = plan_batches(config, corpus.durations, corpus.label_lengths, digest=corpus.digest)
-    total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
+    total_steps = num_updates(config, plan)
     dtype = np.dtype(compute_dtype(config))
     params = jax.eval_shape(lambda: create(config.features.n_mels, vocabulary.size, config.model, dtype=dtype)[1])
     activations = tuple(
@@ -165,7 +165,7 @@ def dry_run(config: Config) -> DryRun:
         buckets=plan.buckets,
         sample_rate=config.features.sample_rate,
         padding_share=plan.padding_share(0),
-        steps_per_epoch=plan.num_steps(0),
+        steps_per_epoch=plan.num_steps(0) / config.training.accumulate,
         total_steps=total_steps,
         flops_per_audio_hour=flops(
             config.model,

@@ -15,11 +15,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxds2
+from jaxds2 import hosts
 from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import manifest_digest
-from jaxds2.data.pipeline import PipelineError, load_batches
-from jaxds2.data.placement import data_mesh, place, replicate
+from jaxds2.data.pipeline import LoadedBatch, PipelineError, load_batches
+from jaxds2.data.placement import data_mesh, distribute, place, rows_of, shardings_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
@@ -40,8 +41,16 @@ from jaxds2.training.compilation import (
 from jaxds2.training.lock import RunLock
 from jaxds2.training.monitor import Monitor
 from jaxds2.training.optimizer import make_optimizer
-from jaxds2.training.selection import read_dev_data, read_training_data, training_plan
-from jaxds2.training.step import TrainState, make_eval_step, make_gradient_step, make_update_step, to_tree
+from jaxds2.training.selection import num_updates, read_dev_data, read_training_data, training_plan
+from jaxds2.training.step import (
+    BatchLoss,
+    TrainState,
+    accumulate,
+    make_eval_step,
+    make_gradient_step,
+    make_update_step,
+    to_tree,
+)
 from jaxds2.training.step_report import StepReport, TrainingError
 from jaxds2.training.watchdog import Watchdog
 
@@ -56,6 +65,7 @@ MAY_CHANGE = {
     "data.test",
     "data.durations",
     "training.devices",
+    "training.fsdp",
     "training.log_every",
     "training.checkpoint_every",
     "training.max_skipped",
@@ -109,30 +119,53 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       0 when trained to the end, 75 when stopped by SIGINT or SIGTERM with everything saved.
 
     Raises:
-      ConfigError, ManifestError, ShardError, AudioError, TextError, LockError: it cannot start, one line each.
+      ConfigError, ManifestError, ShardError, AudioError, TextError, LockError, HostsError: it cannot start, one line
+        each.
       TrainingError, PipelineError, EvaluationError: it cannot go on; the last good state is saved.
       OutOfMemoryError: it cannot go on; the last checkpoint is intact.
       CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
-    with RunLock(run_dir) as lock, StopSignal() as stop, Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return _train(config, run_dir, lock, checkpoints, stop, progress)
+    with RunLock(run_dir) as lock, StopSignal() as signalled:
+        hosts.agree(_start(config, run_dir))
+        with Checkpoints(run_dir / "checkpoints") as checkpoints:
+            return _train(config, run_dir, lock, checkpoints, signalled, progress)
+
+
+def _start(config: Config, run_dir: Path) -> dict[str, Any]:
+    """What all processes of a run must have in common before they open its checkpoints."""
+    folder = run_dir / "checkpoints"
+    return {
+        "code": hosts.code_version(),
+        "jax": jax.__version__,
+        "devices": f"{jax.local_device_count()} {jax.default_backend()}",
+        f"what is in {folder}": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing",
+        **{
+            f"{section}.{name}": value
+            for section, fields in dataclasses.asdict(config).items()
+            if isinstance(fields, dict)
+            for name, value in fields.items()
+        },
+    }
 
 
 def _train(
-    config: Config, run_dir: Path, lock: RunLock, checkpoints: Checkpoints, stop: StopSignal, progress: bool
+    config: Config, run_dir: Path, lock: RunLock, checkpoints: Checkpoints, signalled: StopSignal, progress: bool
 ) -> int:
+    stop, writes = hosts.SharedStop(signalled), jax.process_index() == 0
     if config.training.init_from is not None and checkpoints.last() is None:
         init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
-    mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple)
+    mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple, fsdp=config.training.fsdp)
     keep_compiled(mesh.devices.flat[0].platform)
     utterances, left_out = read_training_data(config, vocabulary)
     dev = read_dev_data(config, vocabulary)
     plan = training_plan(config, utterances, vocabulary)
     digest = manifest_digest(utterances)
-    total_steps = config.training.steps or plan.steps_for_epochs(config.training.epochs or 0)
-    lock.take()
-    claim_run(config, run_dir, started=checkpoints.last() is not None)
+    total_steps, batches_per_step = num_updates(config, plan), config.training.accumulate
+    hosts.agree({"digest of the training manifests": digest, "digest of the dev manifest": manifest_digest(dev)})
+    if writes:
+        lock.take()
+    claim_run(config, run_dir, started=checkpoints.last() is not None, writes=writes)
     set_aside = checkpoints.set_aside_damaged()
     first_step = checkpoints.last() or 0
     resumed = checkpoints.read_meta(first_step) if first_step else {}
@@ -157,24 +190,29 @@ def _train(
         fast_random=config.training.fast_random,
         consistency=config.training.consistency,
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
-    gradient_step = jit(gradient_step, out_shardings=(everywhere, None))
-    update_step = jit(
-        make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(everywhere, None)
-    )
-    eval_step = jit(make_eval_step(apply, config.features, mesh=mesh))
-
     renewed: list[str] = []
     if config.training.init_from is not None and not first_step:
         params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
-    state = replicate(TrainState.create(params, optimizer, ema_decay=ema_decay), mesh)
+    state = TrainState.create(params, optimizer, ema_decay=ema_decay)
+    everywhere, shardings = NamedSharding(mesh, PartitionSpec()), shardings_of(state, mesh)
+    jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    gradient_step = jit(gradient_step, out_shardings=(shardings.params, everywhere))
+    update_step = jit(
+        make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(shardings, everywhere)
+    )
+    add = jit(accumulate, donate_argnums=0, out_shardings=(shardings.params, everywhere))
+    eval_step = jit(make_eval_step(apply, config.features, mesh=mesh), out_shardings=rows_of(mesh))
+    state = distribute(state, shardings)
     if first_step:
         state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
 
+    progress = progress and writes
+    stacks = run_dir / ("stacks.txt" if writes else f"stacks-{jax.process_index()}.txt")
     with (
-        Monitor(run_dir, total_steps=total_steps, resume_step=first_step, progress=progress) as monitor,
-        Watchdog(config.training.watchdog_seconds, run_dir / "stacks.txt", monitor.message) as watchdog,
+        Monitor(
+            run_dir, total_steps=total_steps, resume_step=first_step, progress=progress, silent=not writes
+        ) as monitor,
+        Watchdog(config.training.watchdog_seconds, stacks, monitor.message) as watchdog,
     ):
         monitor.message(describe(config))
         for reason, ids in left_out.items():
@@ -185,12 +223,13 @@ def _train(
         monitor.message(
             f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
             f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; {total_steps} steps on "
-            f"{mesh.size} of {jax.local_device_count()} {mesh.devices.flat[0].platform} device(s)"
+            f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].platform} device(s)"
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
-        if config.training.devices is None and mesh.size < jax.local_device_count():
+        if config.training.devices is None and mesh.size < jax.device_count():
             monitor.message(
                 f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
-                f"set it to a multiple of {jax.local_device_count()} to use all"
+                f"set it to a multiple of {jax.device_count()} to use all"
             )
         if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
             monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
@@ -202,7 +241,12 @@ def _train(
             monitor.message(f"resumed at step {first_step}")
 
         def save(step: int, wer: float | None) -> None:
-            meta = {"step": step, "epoch": plan.locate(step)[0], "wer": wer, "jaxds2": jaxds2.__version__}
+            meta = {
+                "step": step,
+                "epoch": plan.locate(step * batches_per_step)[0],
+                "wer": wer,
+                "jaxds2": jaxds2.__version__,
+            }
             meta |= {"manifest_digest": digest, "infeasible": report.infeasible, "unreadable": report.unreadable}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
@@ -222,35 +266,49 @@ def _train(
 
         report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
         report.infeasible, report.unreadable = resumed.get("infeasible", 0), resumed.get("unreadable", 0)
-        shapes, compiled = shapes_ahead(plan, first_step, total_steps), {}
-        eval_every = config.training.eval_every
+        shapes = shapes_ahead(plan, first_step * batches_per_step, total_steps * batches_per_step)
+        compiled = {}
+
+        def due(step: int, every: int | None, *, epochs: bool = True) -> bool:
+            return is_due(step, every, plan, total_steps, batches_per_step, epochs=epochs)
+
         step = first_step
         try:
-            due = first_step and dev and is_due(first_step, eval_every, plan, total_steps)
-            if due and checkpoints.wer(first_step) is None:  # it was stopped in the middle of its evaluation
+            missed = first_step and dev and due(first_step, config.training.eval_every)
+            if missed and checkpoints.wer(first_step) is None:  # it was stopped in the middle of its evaluation
                 checkpoints.rescore(first_step, score_dev(first_step))
             with load_batches(
                 utterances,
                 plan,
                 vocabulary=vocabulary,
-                start_step=first_step,
-                stop_step=total_steps,
+                start_step=first_step * batches_per_step,
+                stop_step=total_steps * batches_per_step,
                 workers=config.data.workers,
+                process=jax.process_index(),
+                processes=jax.process_count(),
             ) as batches:
                 compiled = compile_ahead(config, gradient_step, state.params, mesh, shapes, monitor, should_stop)
                 report.since, report.waited = time.perf_counter(), 0.0
-                for loaded in report.awaited(batches if not stop() else ()):
-                    gradient = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
+
+                def gradient(loaded: LoadedBatch) -> tuple[Params, BatchLoss]:
+                    of_shape = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
+                    return of_shape(state.params, place(loaded.batch, mesh))
+
+                for group in report.awaited(batches if not stop() else ()):
                     with jax.transfer_guard("disallow"):  # a copy that nobody asked for would wait for the device
-                        grads, loss = gradient(state.params, place(loaded.batch, mesh))
-                        state, metrics = update_step(state, grads, loss)
+                        grads, loss = gradient(group[0])
+                        losses, mean = [loss], loss.mean
+                        for loaded in group[1:]:
+                            more, loss = gradient(loaded)
+                            grads, mean = add(grads, mean, more, loss.mean)
+                            losses.append(loss)
+                        state, metrics = update_step(state, grads, mean)
                     step += 1
-                    report.hold(loaded, metrics)
+                    report.hold(group, losses, metrics)
                     checkpoints.raise_failure()
 
-                    evaluating = bool(dev) and is_due(step, eval_every, plan, total_steps)
-                    every = config.training.checkpoint_every
-                    if evaluating or is_due(step, every, plan, total_steps, epochs=not dev):
+                    evaluating = bool(dev) and due(step, config.training.eval_every)
+                    if evaluating or due(step, config.training.checkpoint_every, epochs=not dev):
                         report.flush()  # the lines of a saved step are not written again on resume
                         save(step, score_dev(step) if evaluating else None)
                     if should_stop():
@@ -264,34 +322,45 @@ def _train(
                 raise
             needed = temporary_bytes(compiled.get(report.running))
             raise out_of_memory(config, report.running, needed=needed, free=free_bytes(mesh)) from e
-        except (TrainingError, PipelineError, EvaluationError):
+        except (TrainingError, PipelineError, EvaluationError) as e:
             with contextlib.suppress(TrainingError):
                 report.flush()
-            if checkpoints.last() != step:
+            alone = isinstance(e, PipelineError) and jax.process_count() > 1  # the others go on; only all can save
+            if checkpoints.last() != step and not alone:
                 save(step, None)
             raise
         if not finished:
             if step and checkpoints.last() != step:  # at step 0 there is nothing to lose
                 save(step, None)
-            checkpoints.wait()
-            monitor.message(f"stopped by {stop.received} at step {step} of {total_steps}; the same command resumes")
+            checkpoints.settle()
+            by = signalled.received or "a signal to another process"
+            monitor.message(f"stopped by {by} at step {step} of {total_steps}; the same command resumes")
             return STOPPED
-        checkpoints.wait()
+        checkpoints.settle()
         board = f"{shlex.quote(sys.executable)} -m tensorboard.main --logdir {shlex.quote(str(run_dir.parent))}"
         monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board}")
         return FINISHED
 
 
-def is_due(step: int, every: int | None, plan: BatchPlan, total_steps: int, *, epochs: bool = True) -> bool:
+def is_due(
+    step: int,
+    every: int | None,
+    plan: BatchPlan,
+    total_steps: int,
+    batches_per_step: int = 1,
+    *,
+    epochs: bool = True,
+) -> bool:
     """Whether something is done after `step` steps: each `every` steps, or each epoch, and at the end."""
     if step == total_steps:
         return True
     if every is not None:
         return step % every == 0
-    return epochs and plan.locate(step)[1] == 0
+    before, after = (plan.locate(n * batches_per_step)[0] for n in (step - 1, step))
+    return epochs and before != after
 
 
-def claim_run(config: Config, run_dir: Path, *, started: bool) -> None:
+def claim_run(config: Config, run_dir: Path, *, started: bool, writes: bool = True) -> None:
     """Make the run's folder; where something has been trained there, check that it was with this config.
 
     Raises:
@@ -305,7 +374,7 @@ def claim_run(config: Config, run_dir: Path, *, started: bool) -> None:
                 f"{run_dir} was trained with another config ({'; '.join(changed)}); "
                 f"choose another folder with --run, or delete this one"
             )
-    if not path.exists() or differences(read_config(path), config):
+    if writes and (not path.exists() or differences(read_config(path), config)):
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
 

@@ -40,7 +40,15 @@ class Monitor:
     next report or when the monitor is closed.
     """
 
-    def __init__(self, run_dir: Path, *, total_steps: int, resume_step: int = 0, progress: bool = True):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        progress: bool = True,
+        silent: bool = False,
+    ):
         """Start to report.
 
         What a stopped run had reported beyond `resume_step` is taken back, so that every step is there once.
@@ -50,6 +58,7 @@ class Monitor:
           total_steps: where the bar ends.
           resume_step: step of the checkpoint that training goes on from; 0: from the start.
           progress: show the bar.
+          silent: write and print nothing, since another process reports this run.
 
         Raises:
           MonitorError, WriteError: the folder cannot be written.
@@ -58,23 +67,28 @@ class Monitor:
         from tensorboardX.record_writer import register_writer_factory
 
         self._run_dir = run_dir
+        self._silent = silent
         self._quiet = False
         """An error is under way already; a second one would hide it."""
         first_step = resume_step + 1 if resume_step else 0
         self._events = _EventFile()
         register_writer_factory(_EventFile.PREFIX, self._events)
         with self._writing():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _drop_steps_from(first_step, run_dir / "metrics.jsonl")
-            _drop_steps_from(first_step, run_dir / "skipped.jsonl")
-            self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._log = (run_dir / "train.log").open("a", encoding="utf-8")
+            if not silent:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                _drop_steps_from(first_step, run_dir / "metrics.jsonl")
+                _drop_steps_from(first_step, run_dir / "skipped.jsonl")
+            nowhere = Path(os.devnull)
+            self._metrics = (nowhere if silent else run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._skipped = nowhere if silent else run_dir / "skipped.jsonl"
+            self._log = (nowhere if silent else run_dir / "train.log").open("a", encoding="utf-8")
             # Without the suffix, a second start within one second would overwrite the file of the first.
             self._tensorboard = SummaryWriter(
                 f"{_EventFile.PREFIX}:{run_dir / 'tensorboard'}",
                 purge_step=first_step,
                 filename_suffix=f".{time.time_ns()}",
                 flush_secs=10,
+                write_to_disk=not silent,
             )
         # Where the bar goes to a file, every refresh stays there for good.
         interval = 0.2 if sys.stderr.isatty() else 30.0
@@ -84,7 +98,7 @@ class Monitor:
             desc=run_dir.name,
             unit="step",
             file=sys.stderr,
-            disable=not progress,
+            disable=silent or not progress,
             dynamic_ncols=True,
             mininterval=interval,
             maxinterval=max(interval, 10.0),
@@ -156,6 +170,8 @@ class Monitor:
 
         `shown` is printed in place of a text that is too long to read.
         """
+        if self._silent:
+            return
         with tqdm.external_write_mode(file=sys.stdout):
             print(text if shown is None else shown, flush=True)
         with self._writing():
@@ -181,7 +197,7 @@ class Monitor:
         The line is {"step": from 1, "ids": utterances of its batch, "loss": number, "grad_norm": number}; what is not
         finite is null.
         """
-        with self._writing(), (self._run_dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
+        with self._writing(), self._skipped.open("a", encoding="utf-8") as file:
             file.write(_line({"step": step, "ids": list(ids), "loss": loss, "grad_norm": grad_norm}))
 
     def text(self, step: int, name: str, markdown: str) -> None:

@@ -94,6 +94,11 @@ def plan_batches(config: Config, durations_s_N: np.ndarray, label_lengths_N: np.
     )
 
 
+def num_updates(config: Config, plan: BatchPlan) -> int:
+    """Steps of the whole run; the last one is filled up from the epoch after the last."""
+    return config.training.steps or -(-plan.steps_for_epochs(config.training.epochs or 0) // config.training.accumulate)
+
+
 def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
     """The utterances to evaluate on, normalised; empty where the config names none.
 

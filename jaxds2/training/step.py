@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jaxds2.augment import STREAMS, add_noise, spec_augment, utterance_keys
 from jaxds2.config import AugmentConfig, FeatureConfig
@@ -56,33 +56,41 @@ class StepMetrics:
     """What one training step reports; scalars are float32 or int32."""
 
     loss: jax.Array
-    """Nats per label over the batch."""
+    """Nats per label over the batches of the step."""
     grad_norm: jax.Array
     finite: jax.Array
     """Whether the step was taken, bool."""
     skipped: jax.Array
     skipped_in_row: jax.Array
-    utterances: jax.Array
-    """Rows that count in the loss."""
-    infeasible_B: jax.Array
-    """Rows left out because their label does not fit their frames, bool."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchLoss:
-    """The loss of one batch."""
+    """The loss of one batch, and what is reported of its rows."""
 
-    loss: jax.Array
-    """Nats per label over the batch, float32."""
-    utterances: jax.Array
-    """Rows that count in the loss, int32."""
+    mean: "MeanLoss"
+    index_B: jax.Array
+    """As in the batch, -1 where a recording could not be read; int32."""
     infeasible_B: jax.Array
     """Rows left out because their label does not fit their frames, bool."""
+    samples: jax.Array
+    """Samples of audio, int32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeanLoss:
+    """A loss over all labels of the utterances that count: of a batch, or of several."""
+
+    loss: jax.Array
+    """Nats per label, float32."""
+    labels: jax.Array
+    """int32."""
 
 
 GradientStep = Callable[[Params, Batch], tuple[Params, BatchLoss]]
-UpdateStep = Callable[[TrainState, Params, BatchLoss], tuple[TrainState, StepMetrics]]
+UpdateStep = Callable[[TrainState, Params, MeanLoss], tuple[TrainState, StepMetrics]]
 LogMel = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -106,6 +114,9 @@ def make_gradient_step(
 
     With a `consistency` above 0 each utterance is read in two views that differ in SpecAugment and dropout; its loss is
     the mean of theirs, and `consistency` times how far apart they are read.
+
+    Parameters that are split over the mesh's axis `fsdp` are gathered first. The gradient is to be given their sharding
+    by jit's out_shardings, so that it is summed and split again in one go.
 
     With `fast_random` dropout's bits come from the device's own generator; see docs/numerics.md for what that gives up.
     """
@@ -136,14 +147,31 @@ def make_gradient_step(
         usable_B = present_B & feasible(logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
         labels = jnp.sum(jnp.where(usable_B, batch.label_lengths_B, 0))
         loss = jnp.sum(jnp.where(usable_B, loss_B, 0.0)) / jnp.maximum(labels, 1).astype(jnp.float32)
-        return loss, BatchLoss(loss, jnp.sum(usable_B), present_B & ~usable_B)
+        return loss, BatchLoss(
+            MeanLoss(loss, labels), batch.index_B, present_B & ~usable_B, jnp.sum(batch.audio_lengths_B)
+        )
 
     def gradient_step(params: Params, batch: Batch) -> tuple[Params, BatchLoss]:
+        params = _gathered(params, mesh)
         keys_B = utterance_keys(seed, batch.epoch, batch.index_B)
         with use_abstract_mesh(mesh.abstract_mesh):  # which the kernel of the recurrence, forth and back, asks for
             return jax.grad(loss_fn, has_aux=True)(params, batch, keys_B)
 
     return gradient_step
+
+
+def accumulate(grads: Params, mean: MeanLoss, more_grads: Params, more: MeanLoss) -> tuple[Params, MeanLoss]:
+    """Gradient and loss of the union of two batches from those of each, to be jitted with the first two donated.
+
+    A mean over labels is not the mean of means: each batch weighs as much as it has labels.
+    """
+    labels = mean.labels + more.labels
+    share = more.labels.astype(jnp.float32) / jnp.maximum(labels, 1).astype(jnp.float32)
+
+    def blend(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + share * (b - a)
+
+    return jax.tree.map(blend, grads, more_grads), MeanLoss(blend(mean.loss, more.loss), labels)
 
 
 def make_update_step(optimizer: optax.GradientTransformation, *, ema_decay: float) -> UpdateStep:
@@ -152,9 +180,9 @@ def make_update_step(optimizer: optax.GradientTransformation, *, ema_decay: floa
     A step whose loss or gradient is not finite leaves everything as it was, except the counts.
     """
 
-    def update_step(state: TrainState, grads: Params, batch_loss: BatchLoss) -> tuple[TrainState, StepMetrics]:
+    def update_step(state: TrainState, grads: Params, mean: MeanLoss) -> tuple[TrainState, StepMetrics]:
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(batch_loss.loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(mean.loss) & jnp.isfinite(grad_norm)
 
         with jax.numpy_dtype_promotion("standard"):  # our own code is tested under strict promotion; optax's is not
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -178,13 +206,11 @@ def make_update_step(optimizer: optax.GradientTransformation, *, ema_decay: floa
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
         metrics = StepMetrics(
-            loss=batch_loss.loss,
+            loss=mean.loss,
             grad_norm=grad_norm,
             finite=finite,
             skipped=new_state.skipped,
             skipped_in_row=new_state.skipped_in_row,
-            utterances=batch_loss.utterances,
-            infeasible_B=batch_loss.infeasible_B,
         )
         return new_state, metrics
 
@@ -209,6 +235,7 @@ def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Call
     log_mel_of_mesh = _sharded_log_mel(mesh, features)
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
+        params = _gathered(params, mesh)
         features_BTF, feature_lengths_B = log_mel_of_mesh(batch.audio_BS, batch.audio_lengths_B)
         with use_abstract_mesh(mesh.abstract_mesh):
             logits_BUV, logit_lengths_B = apply(params, features_BTF, feature_lengths_B)
@@ -219,9 +246,14 @@ def make_eval_step(apply: Apply, features: FeatureConfig, *, mesh: Mesh) -> Call
     return eval_step
 
 
+def _gathered(params: Params, mesh: Mesh) -> Params:
+    """Parameters whole on each device, where XLA by itself might split the matmuls instead."""
+    return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
+
+
 def _sharded_log_mel(mesh: Mesh, features: FeatureConfig) -> LogMel:
     """log_mel of a batch split over the mesh: XLA by itself would gather it whole on each device for the FFT."""
-    rows = PartitionSpec("data")
+    rows = PartitionSpec(mesh.axis_names)
     return jax.shard_map(partial(log_mel, features=features), mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows))
 
 

@@ -1,7 +1,10 @@
 """What training says of its steps and scores: lines, curves and names."""
 
+import itertools
+import math
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +16,7 @@ from jaxds2.evaluation.evaluate import Scores
 from jaxds2.text import Vocabulary
 from jaxds2.training.monitor import Monitor, alignment_picture
 from jaxds2.training.optimizer import learning_rate_schedule
-from jaxds2.training.step import StepMetrics
+from jaxds2.training.step import BatchLoss, StepMetrics
 
 MANY_UNREADABLE = 20
 """So many unreadable utterances, if they are more than half, mean that the corpus is not there."""
@@ -32,9 +35,9 @@ class StepReport:
         self.ids = ids
         self.monitor = monitor
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.pending: tuple[LoadedBatch, StepMetrics] | None = None
+        self.pending: tuple[Sequence[LoadedBatch], Sequence[BatchLoss], StepMetrics] | None = None
         self.running: tuple[int, ...] | None = None
-        """Shape of the audio_BS of the step that is being started; None: none is."""
+        """Largest shape of an audio_BS of the step that is being started; None: none is."""
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
@@ -42,21 +45,27 @@ class StepReport:
         self.since = time.perf_counter()
         self.waited = 0.0
 
-    def awaited(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-        """The batches, one by one; how long each was waited for counts in `train/data_wait_share`."""
+    def awaited(self, batches: Iterable[LoadedBatch]) -> Iterator[list[LoadedBatch]]:
+        """The batches of each step; how long they were waited for counts in `train/data_wait_share`."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
-            loaded = next(iterator, None)
+            group = list(itertools.islice(iterator, self.config.training.accumulate))
             self.waited += time.perf_counter() - begin
-            if loaded is None:
+            if not group:
                 return
-            self.running = loaded.batch.audio_BS.shape
-            yield loaded
+            self.running = max((loaded.batch.audio_BS.shape for loaded in group), key=math.prod)
+            yield group
 
-    def hold(self, loaded: LoadedBatch, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that has been started, and report the step before, while this one runs."""
-        before, self.pending = self.pending, (loaded, metrics)
+    def hold(self, group: Sequence[LoadedBatch], losses: Sequence[BatchLoss], metrics: StepMetrics) -> None:
+        """Keep the metrics of a step that has been started, and report the step before, while this one runs.
+
+        Args:
+          group: the batches of the step.
+          losses: of each of them.
+          metrics: of the update.
+        """
+        before, self.pending = self.pending, (group, losses, metrics)
         if before is not None:
             self._report(*before)
         self.running = None
@@ -67,29 +76,18 @@ class StepReport:
         if before is not None:
             self._report(*before)
 
-    def _report(self, loaded: LoadedBatch, device_metrics: StepMetrics) -> None:
+    def _report(
+        self, group: Sequence[LoadedBatch], device_losses: Sequence[BatchLoss], device_metrics: StepMetrics
+    ) -> None:
         metrics: StepMetrics = jax.device_get(device_metrics)
-        done, index_B = loaded.step + 1, np.asarray(loaded.batch.index_B)
-        self.samples += int(np.sum(loaded.batch.audio_lengths_B))
-        self.padded_samples += loaded.batch.audio_BS.size
-        self.tried += int(np.sum(index_B >= 0)) + len(loaded.failures)
-        self.failed += len(loaded.failures)
-        for line in loaded.failures:
-            self.unreadable += 1
-            self.monitor.message(f"step {done}: left out, {line}")
-        if self.failed >= MANY_UNREADABLE and 2 * self.failed > self.tried:
-            raise TrainingError(
-                f"step {done}: {self.failed} of {self.tried} utterances since the start could not be read, the last "
-                f"{loaded.failures[-1] if loaded.failures else 'in an earlier step'}; `jaxds2 check` lists them"
-            )
-        if metrics.infeasible_B.any():
-            names = [self.ids[i] for i in index_B[metrics.infeasible_B]]
-            self.infeasible += len(names)
-            self.monitor.message(f"step {done}: left out of the loss, label longer than its frames: {' '.join(names)}")
+        losses: Sequence[BatchLoss] = jax.device_get(device_losses)
+        done = group[0].step // self.config.training.accumulate + 1
+        for loaded, loss in zip(group, losses, strict=True):
+            self._report_rows(done, loaded, loss)
         if metrics.finite:
             self.losses.append(float(metrics.loss))
         else:
-            ids = [self.ids[i] for i in index_B if i >= 0]
+            ids = [self.ids[i] for loss in losses for i in loss.index_B if i >= 0]
             names = " ".join(ids)
             self.monitor.message(f"step {done}: skipped, loss {metrics.loss}, gradient {metrics.grad_norm}: {names}")
             self.monitor.skipped(done, ids, loss=float(metrics.loss), grad_norm=float(metrics.grad_norm))
@@ -101,6 +99,32 @@ class StepReport:
         self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
             self._log(done, metrics)
+
+    def _report_rows(self, done: int, loaded: LoadedBatch, loss: BatchLoss) -> None:
+        """Count what one batch of a step held, and name what was left out of it."""
+        self.samples += int(loss.samples)
+        self.padded_samples += loss.index_B.size * loaded.batch.audio_BS.shape[1]
+        planned_B = self.plan.step(loaded.step).indices_B
+        lost = [self.ids[i] for i in planned_B[(planned_B >= 0) & (loss.index_B < 0)]]
+        why = dict(line.split(": ", 1) for line in loaded.failures)
+        left_out = [f"{name}: {why.get(name, 'another process names the reason')}" for name in lost]
+        self.tried += int(np.sum(planned_B >= 0))
+        self.failed += len(lost)
+        self.unreadable += len(lost)
+        for line in left_out:
+            self.monitor.message(f"step {done}: left out, {line}")
+        if jax.process_index() > 0:
+            for line in loaded.failures:
+                print(f"step {done}: left out, {line}", file=sys.stderr)
+        if self.failed >= MANY_UNREADABLE and 2 * self.failed > self.tried:
+            raise TrainingError(
+                f"step {done}: {self.failed} of {self.tried} utterances since the start could not be read, the last "
+                f"{left_out[-1] if left_out else 'in an earlier step'}; `jaxds2 check` lists them"
+            )
+        if loss.infeasible_B.any():
+            names = [self.ids[i] for i in loss.index_B[loss.infeasible_B]]
+            self.infeasible += len(names)
+            self.monitor.message(f"step {done}: left out of the loss, label longer than its frames: {' '.join(names)}")
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
         now = time.perf_counter()
@@ -118,7 +142,7 @@ class StepReport:
                 "train/padding_share": 1 - self.samples / max(self.padded_samples, 1),
                 "train/audio_hours_per_hour": seconds / (now - self.since),
                 "train/data_wait_share": self.waited / (now - self.since),
-                "train/epoch": self.plan.locate(step)[0],
+                "train/epoch": self.plan.locate(step * self.config.training.accumulate)[0],
             },
         )
         self.losses.clear()

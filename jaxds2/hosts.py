@@ -1,0 +1,224 @@
+"""Several processes, one or more on each host, that train one model: who they are, what they agree on, when they stop.
+
+With one process everything here answers at once and nothing is sent.
+"""
+
+import contextlib
+import hashlib
+import pickle
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxds2
+from jaxds2.config import ConfigError
+
+JOIN_TIMEOUT = 300
+"""Seconds that processes wait for each other at the start."""
+PORT = 55_221
+"""Where process 0 listens under SLURM, plus the last digits of the job's number."""
+
+
+class HostsError(ValueError):
+    """Processes that did not find each other, or that were started on different things."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One process among those of a run."""
+
+    coordinator: str
+    """HOST:PORT where process 0 listens."""
+    processes: int
+    process: int
+    """This one, from 0."""
+
+
+def find_cluster(
+    environment: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> Cluster | None:
+    """The processes that this one belongs to; None: it is alone.
+
+    They are named by the three arguments, all or none; or by the variables of a Kubernetes Indexed Job,
+    JOB_COMPLETION_INDEX with JAXDS2_COORDINATOR and JAXDS2_PROCESSES (launch/kubernetes.yaml sets them); or by those of
+    a SLURM step of more than one task (`srun`).
+
+    Raises:
+      ConfigError: they are named in part, or contradict each other.
+    """
+    given = (coordinator, processes, process)
+    if given != (None, None, None):
+        if coordinator is None or processes is None or process is None:
+            raise ConfigError("--coordinator HOST:PORT, --processes N and --process I belong together; give all three")
+        return _checked("the command line", coordinator, processes, process)
+    if "JAXDS2_PROCESSES" in environment or "JAXDS2_COORDINATOR" in environment:
+        names = ("JAXDS2_COORDINATOR", "JAXDS2_PROCESSES", "JOB_COMPLETION_INDEX")
+        if absent := [name for name in names if name not in environment]:
+            raise ConfigError(f"{', '.join(names)} belong together; {' and '.join(absent)} is not set")
+        return _checked("JAXDS2_... and JOB_COMPLETION_INDEX", *(environment[name] for name in names))
+    if "SLURM_STEP_NODELIST" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+        # The first host of node001, node001,host2, node[001-003] or node[001,007-009],host2.
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+        host = "".join(part or "" for part in first.groups()) if first else ""
+        port = PORT + int(environment.get("SLURM_JOB_ID", "0")) % 1000
+        return _checked("SLURM", f"{host}:{port}", environment["SLURM_NTASKS"], environment.get("SLURM_PROCID", ""))
+    return None
+
+
+def _checked(source: str, coordinator: str, processes: str | int, process: str | int) -> Cluster:
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ConfigError(f"{source}: coordinator {coordinator!r}, expected HOST:PORT of process 0")
+    if not (str(processes).isdecimal() and str(process).isdecimal() and int(process) < int(processes)):
+        raise ConfigError(
+            f"{source}: process {process} of {processes}; expected a number from 0 to one less than theirs"
+        )
+    return Cluster(coordinator, int(processes), int(process))
+
+
+def join(cluster: Cluster, *, timeout_s: float = JOIN_TIMEOUT) -> None:
+    """Find the other processes; to be called before anything asks JAX for a device.
+
+    Raises:
+      HostsError: some had not come when the time was over; it names them.
+    """
+    # Where one is missing, jax.distributed waits beyond its timeout, or ends the process with a stack trace.
+    meet(cluster, timeout_s=timeout_s)
+    jax.config.update("jax_enable_preemption_service", False)  # training has signal handlers of its own
+    jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.processes,
+        cluster.process,
+        cluster_detection_method="deactivate",
+        shutdown_timeout_seconds=60,
+    )
+
+
+def meet(cluster: Cluster, *, timeout_s: float) -> None:
+    """Wait until all processes have come to the coordinator's address; they tell process 0 their numbers.
+
+    Raises:
+      HostsError: some had not come when the time was over; it names them.
+    """
+    deadline = time.monotonic() + timeout_s
+    host, _, port = cluster.coordinator.rpartition(":")
+    absent = (
+        _wait_for_others(cluster, int(port), deadline)
+        if cluster.process == 0
+        else _report(cluster, host, port, deadline)
+    )
+    if absent:
+        raise HostsError(
+            f"process {cluster.process} of {cluster.processes}: after {timeout_s:g} s process {', '.join(absent)} had "
+            f"not come to {cluster.coordinator}; look at its output, and whether that address is reached from there"
+        )
+
+
+def _wait_for_others(cluster: Cluster, port: int, deadline: float) -> list[str]:
+    """Process 0: the numbers of those that do not come."""
+    come: dict[str, socket.socket] = {}
+    wanted = [str(number) for number in range(1, cluster.processes)]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", port), backlog=cluster.processes))
+        while (absent := [number for number in wanted if number not in come]) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # nobody came, or somebody else who says nothing
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                caller = stack.enter_context(server.accept()[0])
+                caller.settimeout(5)
+                come[caller.recv(64).decode(errors="replace").strip()] = caller
+        for caller in come.values():
+            with contextlib.suppress(OSError):  # it gave up already
+                caller.sendall(f"absent {' '.join(absent)}\n".encode())
+    return absent
+
+
+def _report(cluster: Cluster, host: str, port: str, deadline: float) -> list[str]:
+    """Another process: the numbers of those that do not come, by the word of process 0."""
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as caller:
+            caller.sendall(f"{cluster.process}\n".encode())
+            answer = caller.makefile(encoding="utf-8").readline().split()
+            if answer[:1] == ["absent"]:
+                return answer[1:]
+        time.sleep(0.2)
+    return ["0"]
+
+
+def gather(record: Any) -> list[Any]:
+    """What every process has to say, in their order; all call this. `record` is anything that can be pickled."""
+    if jax.process_count() == 1:
+        return [record]
+    own = np.frombuffer(pickle.dumps(record), np.uint8)
+    sizes_P = multihost_utils.process_allgather(np.array([own.size]))[:, 0]
+    padded = np.zeros(int(sizes_P.max()), np.uint8)
+    padded[: own.size] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes_P.tolist(), strict=True)]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Make sure that all processes say the same; all of them call this, with the same names.
+
+    Raises:
+      HostsError: in all of them; it says in what they differ.
+    """
+    first, *others = gather(dict(facts))
+    differing = [
+        f"{name} is {first[name]} on process 0 and {other[name]} on process {i}"
+        for name in first
+        for i, other in enumerate(others, start=1)
+        if other[name] != first[name]
+    ]
+    if differing:
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise HostsError(f"the processes were started on different things: {'; '.join(differing[:3])}{more}")
+
+
+def code_version() -> str:
+    """The version of this package, and a checksum of its source."""
+    sha = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return f"{jaxds2.__version__} ({sha.hexdigest()[:12]})"
+
+
+class SharedStop:
+    """Whether any process was asked to stop: in the same call the same answer in all of them, which all call it alike.
+
+    The flags are summed on the devices, behind the step that is running, and a call returns the sum of the call before:
+    so nobody waits, and all stop after the same step, one later than the one that was asked.
+    """
+
+    def __init__(self, asked: Callable[[], bool]):
+        """Start with `asked`, which says whether this process was."""
+        self._asked = asked
+        self._stopping = False
+        self._before: jax.Array | None = None
+        if jax.process_count() > 1:
+            devices = [jax.local_devices(process_index=p)[0] for p in range(jax.process_count())]
+            mesh = Mesh(np.array(devices), ("process",))
+            self._flags = NamedSharding(mesh, PartitionSpec("process"))
+            self._sum = jax.jit(jax.numpy.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        if jax.process_count() == 1:
+            return self._asked()
+        if not self._stopping:
+            flag = np.array([self._asked()], np.int32)
+            before, self._before = self._before, self._sum(jax.make_array_from_process_local_data(self._flags, flag))
+            self._stopping = before is not None and bool(jax.device_get(before))
+        return self._stopping

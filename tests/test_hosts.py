@@ -1,0 +1,174 @@
+"""Several processes: how they find each other, what they must agree on, and that together they train the same model."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from exactness import differences, recorded
+from test_loop import config, metrics
+
+from jaxds2 import hosts
+from jaxds2.config import ConfigError, save_config
+from jaxds2.hosts import Cluster, HostsError, agree, find_cluster, meet
+from jaxds2.training.checkpoint import Checkpoints
+from jaxds2.training.loop import FINISHED, STOPPED, train
+
+ROOT = Path(__file__).parents[1]
+SLURM = {
+    "SLURM_JOB_ID": "4007",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NODELIST": "gpu[003,007-009],x1",
+}
+KUBERNETES = {"JOB_COMPLETION_INDEX": "2", "JAXDS2_PROCESSES": "4", "JAXDS2_COORDINATOR": "train-0.train:5000"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "found"),
+    [
+        ({}, {}, None),
+        (SLURM, {}, Cluster("gpu003:55228", 16, 3)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n12,n13"}, {}, Cluster("n12:55228", 16, 3)),
+        (SLURM | {"SLURM_STEP_NODELIST": "a-b.c"}, {}, Cluster("a-b.c:55228", 16, 3)),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+        (KUBERNETES, {}, Cluster("train-0.train:5000", 4, 2)),
+        ({"JOB_COMPLETION_INDEX": "2"}, {}, None),  # a job whose pods train alone
+        (SLURM, {"coordinator": "localhost:1", "processes": 2, "process": 0}, Cluster("localhost:1", 2, 0)),
+    ],
+)
+def test_the_processes_of_a_run_are_found(environment, flags, found):
+    assert find_cluster(environment, **flags) == found
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "says"),
+    [
+        ({}, {"processes": 2}, "belong together"),
+        ({}, {"coordinator": "localhost", "processes": 2, "process": 0}, "'localhost', expected HOST:PORT"),
+        ({}, {"coordinator": "localhost:1", "processes": 2, "process": 2}, "process 2 of 2"),
+        ({}, {"coordinator": "localhost:1", "processes": 2, "process": -1}, "process -1 of 2"),
+        ({"JAXDS2_PROCESSES": "4"}, {}, "JAXDS2_COORDINATOR and JOB_COMPLETION_INDEX is not set"),
+        (KUBERNETES | {"JAXDS2_PROCESSES": "four"}, {}, "process 2 of four"),
+    ],
+)
+def test_processes_named_in_part_or_wrongly_are_one_clear_line(environment, flags, says):
+    with pytest.raises(ConfigError, match=says):
+        find_cluster(environment, **flags)
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return f"localhost:{s.getsockname()[1]}"
+
+
+def meeting(processes: int, coming: list[int], timeout_s: float) -> dict[int, str]:
+    """What those that come say in the end; nothing where all have met."""
+    address, said = free_address(), {}
+
+    def come(process: int) -> None:
+        try:
+            meet(Cluster(address, processes, process), timeout_s=timeout_s)
+            said[process] = ""
+        except HostsError as e:
+            said[process] = str(e)
+
+    threads = [threading.Thread(target=come, args=(process,)) for process in coming]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_processes_meet_in_whatever_order_they_come():
+    assert meeting(4, [2, 1, 3, 0], 30) == dict.fromkeys(range(4), "")
+
+
+def test_a_process_that_never_comes_is_named_by_all_others():
+    said = meeting(4, [0, 2], 1)
+    assert all("after 1 s process 1, 3 had not come to localhost:" in line for line in said.values())
+    assert "process 0 had not come" in meeting(2, [1], 0.5)[1]
+
+
+def test_processes_that_differ_say_in_what(monkeypatch):
+    agree({"code": "1"})
+    monkeypatch.setattr(hosts, "gather", lambda facts: [facts, facts, facts | {"training.seed": "1"}])
+    agree_on = {"code": "1", "training.seed": "0"}
+    with pytest.raises(HostsError, match=r"different things: training\.seed is 0 on process 0 and 1 on process 2$"):
+        agree(agree_on)
+
+
+@pytest.fixture(scope="module")
+def one(tones, tmp_path_factory) -> Path:
+    """Six steps on one device that never stopped, with an evaluation after the third and at the end."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    run.mkdir()
+    run_config = config(tones, steps=6, eval_every=3, devices=1, ema_decay=0.0)
+    with recorded(run_config, run / "draws.jsonl"):
+        assert train(run_config, run, progress=False) == FINISHED
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(tones, tmp_path_factory) -> tuple[Path, str]:
+    """The same on two processes, its state split; the second gets SIGTERM after the third step. And what they said."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    save_config(config(tones, steps=6, eval_every=3, ema_decay=0.0, fsdp=2), run.parent / "config.json")
+    command = [sys.executable, "launch/local.py", "--processes", "2", "--cpu-devices", "1", "--"]
+    command += [sys.executable, "tests/stopped_process.py", str(run.parent / "config.json"), str(run)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == STOPPED, done.stdout + done.stderr
+    return run, done.stdout
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
+    run, said = two
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        last = checkpoints.last()
+    assert last is not None
+    assert 3 <= last < 6
+    assert f"[0] stopped by a signal to another process at step {last} of 6" in said
+    assert f"[1] left at step {last} with 75" in said
+
+
+def test_only_the_first_process_reports(two):
+    run, said = two
+    assert "[1] stopped by" not in said
+    assert (run / "train.log").read_text().count("parameters; 40 utterances") == 1
+    assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+def test_two_processes_evaluate_every_utterance_once(one, two):
+    assert metrics(two[0])[3]["dev/wer"] == metrics(one)[3]["dev/wer"]
+    assert metrics(two[0])[3]["dev/loss"] == pytest.approx(metrics(one)[3]["dev/loss"], rel=1e-4)
+    counts = [line.split(": dev ")[1] for line in (one / "train.log").read_text().splitlines() if "step 3: dev" in line]
+    assert counts[0] in (two[0] / "train.log").read_text()
+
+
+def test_two_processes_stopped_and_one_with_two_devices_resumed_are_one_that_never_stopped(tones, one, two):
+    """The same utterances and draws in every step; the rest within float32 (in float64: benchmarks/exactness.py)."""
+    run, _ = two
+    run_config = config(tones, steps=6, eval_every=3, ema_decay=0.0)
+    with recorded(run_config, run / "draws.jsonl"):
+        assert train(run_config, run, progress=False) == FINISHED
+    found = differences(one, run)
+    assert found["steps"] == 6
+    assert found["other draws"] == 0
+    assert found["losses"] < 1e-4
+    assert found["parameters"] < 1e-2  # Adam's first steps take the sign of gradients that are rounding alone
+
+
+def test_two_accumulated_batches_a_step_are_the_batches_of_two_steps(tones, one, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    run_config = config(tones, steps=3, accumulate=2, devices=1, ema_decay=0.0)
+    with recorded(run_config, run / "draws.jsonl"):
+        assert train(run_config, run, progress=False) == FINISHED
+    assert (run / "draws.jsonl").read_text() == (one / "draws.jsonl").read_text()
+    assert max(metrics(run)) == 3
