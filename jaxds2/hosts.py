@@ -149,6 +149,7 @@ def _report(cluster: Cluster, host: str, port: str, deadline: float) -> list[str
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as caller:
             caller.sendall(f"{cluster.process}\n".encode())
+            caller.settimeout(left + 5)  # process 0 answers when its own time is over
             answer = caller.makefile(encoding="utf-8").readline().split()
             if answer[:1] == ["absent"]:
                 return answer[1:]
