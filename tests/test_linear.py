@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxds2.model.linear import Linear, matmul
 
 
+@settings(max_examples=20)
 @given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=3), D=st.integers(1, 9), E=st.integers(1, 9))
 def test_values_and_gradients_equal_those_of_jax(rows, D, E):
     keys = jax.random.split(jax.random.key(D + 10 * E), 3)

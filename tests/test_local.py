@@ -38,11 +38,9 @@ def test_lines_carry_the_number_of_their_process():
 
 def test_when_one_fails_the_others_are_ended(tmp_path):
     program = NUMBER + (
-        f"import os, time; open(r'{tmp_path}/' + str(os.getpid()), 'w'); i and sys.exit(4); time.sleep(99)"
+        f"import os, time; open(r'{tmp_path}/' + str(os.getpid()), 'w'); i and sys.exit(4); time.sleep(9999)"
     )
-    begin = time.monotonic()
-    assert subprocess.run(launched(program, "--grace", "0.5"), check=False).returncode == 4
-    assert time.monotonic() - begin < 90  # not when the other came to its own end
+    assert subprocess.run(launched(program, "--grace", "0.5"), check=False, timeout=120).returncode == 4
     for path in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)
