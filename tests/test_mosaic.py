@@ -1,6 +1,7 @@
 """The GPU kernel without a GPU: interpreted, lowered, and split over devices. Each in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from jaxds2.model.scan import mingru_recurrence
 
 def run(program: str) -> dict:
     path = Path(__file__).with_name(program)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": str(path.parents[1])}  # this checkout's package, whatever is installed
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
