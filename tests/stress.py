@@ -33,7 +33,7 @@ from tones import write_tones  # noqa: E402
 from jaxds2.training.checkpoint import Checkpoints, DamagedError, digest  # noqa: E402
 
 STEPS, SAVE_EVERY = 120, 10
-SMALL_FILES = 1 << 15
+SMALL_FILES = 1 << 16
 """Bytes: more than metrics.jsonl and the log hold, less than a checkpoint's arrays."""
 
 CONFIG = """
@@ -46,7 +46,7 @@ def get_config():
         ),
         features=FeatureConfig(n_mels=20),
         model=ModelConfig(
-            conv_channels=(8,), conv_kernels=((3, 3),), conv_strides=((2, 2),), width=32, hidden=16, layers=1
+            conv_channels=(8,), conv_kernels=((3, 3),), conv_strides=((2, 2),), width=64, hidden=32, layers=1
         ),
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=5),
         training=TrainingConfig(steps={steps}, checkpoint_every={every}, log_every=1, ema_decay=0.5),
