@@ -8,7 +8,7 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,8 @@ def _read_corpus(config: Config, vocabulary: Vocabulary) -> _Corpus:
             f"no manifest {missing[0]}, and data.durations names no histogram in its place; write the manifest with "
             f"`jaxds2 prepare`, or set data.durations to a file of configs/durations/"
         )
-    return _from_histogram(Path(config.data.durations), config)
+    corpus = _from_histogram(Path(config.data.durations), config)
+    return replace(corpus, source=f"{corpus.source}, since {missing[0]} is not there")
 
 
 def _from_manifests(config: Config, vocabulary: Vocabulary) -> _Corpus:
