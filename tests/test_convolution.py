@@ -60,24 +60,6 @@ def test_parameters_and_their_gradients_are_float32_whatever_it_computes_in(dtyp
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
-def test_a_kernels_gradient_transposes_what_lies_in_memory():
-    """XLA would compute the GELU and its mask again, element by element, in the order of the transposed array."""
-
-    def loss(kernel_KLCE, x_BTFC):
-        inner_BTFC = jax.nn.gelu(x_BTFC * 2)
-        return jnp.sum(jnp.square(convolve(inner_BTFC, kernel_KLCE, (1, 1), ((1, 1), (1, 1)))))
-
-    arguments = jnp.ones((3, 3, 4, 4)), jnp.ones((2, 16, 8, 4))
-    compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text() or ""
-    transposing = [
-        body
-        for body in compiled.split("\n\n")
-        if "f32[4,16,8,2]" in body and " transpose(" in body and "ENTRY" not in body
-    ]
-    assert not [body for body in transposing if "erf" in body or "tanh" in body or "exponential" in body]
-    assert "f32[4,16,8,2]" in compiled
-
-
 def test_the_compiler_takes_our_options_on_a_cpu_and_none_elsewhere():
     options = compiler_options("cpu")
     doubled = jax.jit(lambda x: 2 * x, compiler_options=options)
