@@ -6,7 +6,7 @@
 
 Hardware: 2 CPU cores.
 Hours: about 3 minutes.
-Expected WER: 3.8 % greedy, 0.5 % with a 3-gram of the training text, on voices that it has never heard.
+Expected WER: 2.9 % greedy, 0.6 % with a 3-gram of the training text, on voices that it has never heard.
 """
 
 from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -25,7 +25,13 @@ def get_config() -> Config:
         ),
         augment=AugmentConfig(mel_warp=0.05, freq_mask_bins=15),
         model=ModelConfig(
-            conv_channels=(16, 16), conv_strides=((3, 2), (1, 2)), width=160, hidden=80, layers=3, dropout=0.1
+            conv_channels=(16, 16),
+            conv_strides=((3, 2), (1, 2)),
+            width=160,
+            hidden=80,
+            layers=3,
+            gate_bias=-1.0,
+            dropout=0.1,
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
         training=TrainingConfig(epochs=20, eval_every=1000, ema_decay=0.99),

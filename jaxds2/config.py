@@ -174,7 +174,8 @@ class ModelConfig:
     candidate: Literal["linear", "g"] = "linear"
     """The candidate state: `W x`, or `g(W x)` with the minGRU paper's g."""
     gate_bias: float = 0.0
-    """Initial bias of the update gate; below 0 the state starts out remembering longer."""
+    """Initial bias of the update gate; below 0 the state starts out remembering longer. Of -1, 0, 1
+    and 2 the demo did best with -1 (RESULTS.md); AN4 was measured with 0."""
     depthwise_kernel: int = 5
     """Width of the depthwise convolution before the gates, causal in a unidirectional model; 0: none."""
     feed_forward: int = 0
