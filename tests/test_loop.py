@@ -538,6 +538,23 @@ def test_out_of_memory_is_one_line_that_names_the_batch_and_leaves_the_last_chec
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
+def test_the_first_step_takes_over_the_buffers_of_the_state_and_compiles_only_what_comes_up(
+    tones, tmp_path, monkeypatch
+):
+    """A state that was not donated would lie in memory twice."""
+    distribute, states = loop.distribute, []
+    monkeypatch.setattr(loop, "distribute", lambda *args: states.append(distribute(*args)) or states[0])
+    base = config(tones, steps=1)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, dev=None, num_buckets=3))
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
+    leaves = [leaf for leaf in jax.tree.leaves(states[0]) if leaf.ndim]
+    assert len(leaves) > 20
+    assert all(leaf.is_deleted() for leaf in leaves)
+    log = (tmp_path / "run/train.log").read_text()
+    assert " 3 batch shapes, " in log
+    assert re.search("compiled 1 of 3 batch shapes in .* s, those that come up in the next steps;", log)
+
+
 def test_the_memory_of_the_largest_batch_is_said_before_the_first_step(tones, whole):
     lines = (whole / "train.log").read_text().splitlines()
     (said,) = [line for line in lines if "compiled" in line]

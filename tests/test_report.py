@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from typing import Any
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_report_holds_the_corpus_counts(tmp_path):
 def test_scores_that_others_replace_are_named_by_what_differs(tmp_path):
     assert replaced(tmp_path, {"name": "greedy"}, 700) is None
     beam = {"name": "beam", "alpha": 0.5, "hot_words": {"a": 1.0}, "sources": {"alpha": "default"}}
-    write_report(tmp_path, scored(), **METADATA | {"decoder": beam})
+    metadata: dict[str, Any] = METADATA | {"decoder": beam}
+    write_report(tmp_path, scored(), **metadata)
     assert replaced(tmp_path, beam | {"sources": {"alpha": "command line"}}, 700) is None
     os.utime(tmp_path / "report.json", (0, time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))))
     assert replaced(tmp_path, beam | {"alpha": 1.0}, 900) == (
