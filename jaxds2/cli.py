@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from jaxds2.config import ConfigError, load_config, read_config
 
@@ -27,7 +27,7 @@ LANGUAGE_MODELS = ("librispeech-3gram-pruned", "librispeech-3gram", "librispeech
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong use, 75 stopped and resumable."""
-    parser = argparse.ArgumentParser(prog="jaxds2", description="Deep Speech 2 with parallel minGRU.")
+    parser = _Parser(prog="jaxds2", description="Deep Speech 2 with parallel minGRU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_prepare(commands.add_parser("prepare", help="turn a corpus into manifests"))
     add_shard(commands.add_parser("shard", help="pack a manifest and its audio into a few large files"))
@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str] | None = None) -> int:
     """`python train.py`."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
+    parser = _Parser(prog="train.py", description="Train a model.")
     add_train(parser)
     return run(parser, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`python eval.py`."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="Word and character error rate of a run.")
+    parser = _Parser(prog="eval.py", description="Word and character error rate of a run.")
     add_eval(parser)
     return run(parser, argv)
 
@@ -76,6 +76,16 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest of the choices for one that is none, as configs do for fields."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        if found and (near := difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1)):
+            message += f"; did you mean {near[0]}?"
+        super().error(message)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -175,7 +185,12 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 check`."""
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
     parser.add_argument("--config", type=Path, help="alphabet and subsampling to check against (default: the defaults)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="for the findings (default: check.json beside the first manifest)",
+    )
     parser.set_defaults(call=_check, usage=parser.format_usage())
 
 
@@ -184,7 +199,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from jaxds2.config import Config, TrainingConfig
     from jaxds2.data.audit import audit
-    from jaxds2.files import write_whole
+    from jaxds2.data.manifest import manifest_path
+    from jaxds2.files import WriteError, write_whole
     from jaxds2.inference.recognizer import output_frames
     from jaxds2.text import Vocabulary
 
@@ -197,8 +213,14 @@ def _check(arguments: argparse.Namespace) -> int:
         output_frames=lambda num_samples: output_frames(num_samples, config),
     )
     print(result.render())
-    if arguments.json:
-        write_whole(arguments.json, json.dumps(result.to_dict(), indent=2) + "\n")
+    found = arguments.json or manifest_path(arguments.manifests[0]).parent / "check.json"
+    try:
+        write_whole(found, json.dumps(result.to_dict(), indent=2) + "\n")
+        print(f"written to {found}")
+    except WriteError as e:
+        if arguments.json:
+            raise
+        print(f"{e}; --json FILE says where else to write the findings", file=sys.stderr)
     return FAILURE if result.errors else 0
 
 
@@ -300,7 +322,7 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     """The decoder that the options and the run's tuned settings describe."""
     from jaxds2.decoding.decoder import DecoderChoice, read_hot_words
     from jaxds2.decoding.settings import BeamSettings
-    from jaxds2.decoding.tuned import FILE, SETTINGS, settle
+    from jaxds2.decoding.tuned import FILE, SETTINGS, settle, unused
     from jaxds2.text import Vocabulary
 
     explicit = {name: getattr(arguments, name, None) for name in SETTINGS}
@@ -314,6 +336,8 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     values, sources = settle(explicit, arguments.run, backend, arguments.lm)
     if tuned := [f"{name} {values[name]}" for name in SETTINGS if sources[name] == FILE]:
         print(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}", file=sys.stderr)
+    elif line := unused(arguments.run, backend, arguments.lm):
+        print(line, file=sys.stderr)
     threshold = values.pop("blank_threshold")
     hot_words = read_hot_words(arguments.hot_words, Vocabulary(characters)) if arguments.hot_words else ()
     return DecoderChoice(
@@ -535,6 +559,8 @@ def _lm_tune(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"the config of {arguments.run} names no development set (data.dev); give one with --manifest"
         )
+    if arguments.manifest is None and arguments.logprobs is None:
+        _must_exist(dev)
     tune_run(
         arguments.run,
         config,

@@ -1,6 +1,7 @@
 """Strict numerics for every test: two CPU devices, no implicit promotion of ranks or dtypes."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # The suite compiles many small programs and runs each for a moment; this halves its time. Before jax is imported.
@@ -14,6 +15,11 @@ from tones import write_tones
 # A deadline would assert a time; and the same command is to find the same faults.
 settings.register_profile("jaxds2", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxds2")
+
+# Tests train the same tiny models over and over. A folder for each process: jax does not write its files atomically.
+COMPILED = tempfile.TemporaryDirectory(prefix="jaxds2-compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -88,6 +88,26 @@ def test_a_clean_corpus_has_no_findings(corpus: Corpus):
     assert report.render().endswith("PASSED: 0 errors, 0 warnings")
 
 
+def test_bad_lines_are_errors_by_number_and_the_rest_is_audited(corpus: Corpus):
+    path = corpus.write("train", corpus.manifest("train"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b"{\n", *lines[3:], b'{"text": "\xff"}\n', lines[0]]))
+    report = check(path)
+    assert [(f.kind, f.severity, f.manifest, f.utterance) for f in report.findings] == [
+        ("bad line", "error", str(path), None)
+    ] * 3
+    for finding, says in zip(
+        report.findings,
+        ("line 4: not JSON (", "line 10: not UTF-8 (", "line 11: id 'train-0' was already"),
+        strict=True,
+    ):
+        assert finding.detail.startswith(says)
+    assert report.utterances == 8
+    assert report.render().endswith("FAILED: 3 errors (3 bad line), 0 warnings")
+    path.write_text("{\n")
+    assert check(path).errors == {"bad line": 1}
+
+
 def test_missing_file(corpus: Corpus):
     findings = corpus.check_spoilt(audio_filepath=corpus.root / "gone.wav")
     assert "gone.wav: no such file" in only(findings, "unreadable", "error")

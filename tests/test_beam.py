@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.beam import BeamDecoder
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.decoding.hypothesis import NOTHING, DecoderError, collapse
@@ -192,7 +193,7 @@ def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):
-    with pytest.raises(DecoderError, match=message):
+    with pytest.raises(ConfigError, match=message):
         BeamSettings(**arguments)
 
 

@@ -18,6 +18,7 @@ import soxr
 
 from jaxds2 import cli
 from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.files import WriteError
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,14 +181,19 @@ def test_tuned_settings_are_found_used_and_said(run, tones, tmp_path, capfd):
     shutil.copytree(run, copy)
     assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
     assert cli.main(["lm", "tune", "--run", str(copy), "--lm", str(lm)]) == 0
-    assert "best: alpha 0.25" in capfd.readouterr().out
+    tuned = json.loads((copy / "decoding.json").read_text())["pyctcdecode"]
+    assert f"best: alpha {tuned['settings']['alpha']:g}," in capfd.readouterr().out
     assert (copy / "decoding-pyctcdecode.png").stat().st_size > 0
     dev = ["--manifest", str(tones / "dev.jsonl"), "--name", "x"]
     assert cli.evaluate(["--run", str(copy), *dev, "--decoder", "beam", "--lm", str(lm), "--beta", "1"]) == 0
     assert "tuned settings of" in capfd.readouterr().err
     settings = json.loads((copy / "eval/x/report.json").read_text())["decoder"]
-    assert (settings["alpha"], settings["beta"]) == (0.25, 1.0)
+    assert (settings["alpha"], settings["beta"]) == (tuned["settings"]["alpha"], 1.0)
     assert (settings["sources"]["alpha"], settings["sources"]["beta"]) == ("decoding.json", "command line")
+    assert cli.evaluate(["--run", str(copy), *dev, "--decoder", "beam"]) == 0  # in the same folder
+    err = capfd.readouterr().err
+    assert f"decoding.json: its settings were tuned with {lm}; for a search without one the defaults hold\n" in err
+    assert re.search(rf"the scores of 20.* in {copy}/eval/x are replaced \(.*lm .*; --name keeps both\n", err)
     tune = ["lm", "tune", "--run", copy, "--lm", lm, "--manifest"]
     fails(capfd, [*tune, tones / "train.jsonl"], 1, "the run was trained on it")
     shutil.copy(tones / "dev.jsonl", tmp_path / "test.jsonl")
@@ -396,7 +402,28 @@ def test_digest_and_check(run, tones, capfd, tmp_path):
     found = tmp_path / "found.json"
     manifests = [str(tones / "train.jsonl"), str(tones / "dev.jsonl")]
     assert cli.main(["check", *manifests, "--json", str(found)]) == 0
-    assert json.loads(found.read_text())
+    assert json.loads(found.read_text())["passed"]
+    assert not (tones / "check.json").exists()
+    shutil.copytree(tones, tmp_path / "tones")
+    (tmp_path / "tones/dev.jsonl").write_text((tones / "dev.jsonl").read_text() + "{\n")
+    capfd.readouterr()
+    assert cli.main(["check", str(tmp_path / "tones/dev.jsonl")]) == 1
+    assert f"written to {tmp_path / 'tones/check.json'}\n" in capfd.readouterr().out
+    assert json.loads((tmp_path / "tones/check.json").read_text())["errors"] == {"bad line": 1}
+
+
+def test_findings_beside_a_manifest_that_may_not_be_written_are_said_to_be_lost(tones, capfd, monkeypatch):
+    def refuse(path, data):
+        raise WriteError(f"{path}: cannot be written (Read-only file system)")
+
+    monkeypatch.setattr("jaxds2.files.write_whole", refuse)
+    assert cli.main(["check", str(tones / "dev.jsonl")]) == 0
+    both = capfd.readouterr()
+    assert both.err.endswith(
+        f"{tones / 'check.json'}: cannot be written (Read-only file system); --json FILE says where else to write the "
+        f"findings\n"
+    )
+    assert "written to" not in both.out
 
 
 def test_wrong_use_is_two(run, tones, tmp_path, capfd):
@@ -424,6 +451,19 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["--run", run], 2, "names no test manifest", entry=cli.evaluate)
     fails(capfd, [*arguments, "--decodr=beam"], 2, "did you mean --decoder?", entry=cli.evaluate)
     fails(capfd, ["check", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
+    for field in ("data.train", "data.dev"):
+        new = ["--config", config, "--run", tmp_path / "new", f"{field}={tmp_path}/gone.jsonl"]
+        fails(capfd, new, 2, f"{field}: no manifest {tmp_path}/gone.jsonl; write it with", entry=cli.train)
+    beam = [*arguments, "--decoder", "beam"]
+    for option, value in (("--beam-width", "0"), ("--alpha", "nan"), ("--blank-threshold", "2"), ("--nbest", "-1")):
+        fails(capfd, [*beam, option, value], 2, value, entry=cli.evaluate)
+    fails(capfd, [*beam, "--lexicon", config], 2, "pyctcdecode has no lexicon", entry=cli.evaluate)
+    fails(capfd, [*beam, "--hot-words", "a:x"], 2, "word:weight", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--decode-workers", "-1"], 2, "-1 decoding processes", entry=cli.evaluate)
+    fails(capfd, ["trian"], 2, "'trian'", "did you mean train?")
+    fails(capfd, ["lm", "biuld"], 2, "did you mean build?")
+    fails(capfd, ["prepare", "librspeech"], 2, "did you mean librispeech?")
+    fails(capfd, [*arguments, "--decoder", "beem"], 2, "did you mean beam?", entry=cli.evaluate)
     fails(capfd, ["lm", "build", tmp_path / "gone.txt", "--out", tmp_path / "lm"], 2, "gone.txt")
     fails(capfd, ["prepare", "an4", "--source", tmp_path / "gone"], 2, "gone")
     fails(capfd, ["prepare", "an4"], 2, "--source")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from jaxds2 import cli
 from jaxds2.config import DataConfig
 from jaxds2.data.corpora import (
     AN4_DEV_SPEAKERS,
@@ -316,6 +317,24 @@ def test_downloaded_archives_are_ready_to_prepare(served: tuple[Path, str], tmp_
         assert all(read_all(prepare(source, out / corpus)).values())
         # Below the manifest's folder audio is named relative to it, so that the folder can be moved.
         assert '"audio_filepath": "/' not in (out / corpus / "train.jsonl").read_text()
+
+
+def test_prepare_downloads_and_prepares_by_one_command(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_an4(tmp_path / "content/an4", ".sph")
+    archive = publish(served, ARCHIVES["an4"]["an4"], tmp_path / "content")
+    monkeypatch.setitem(ARCHIVES, "an4", {"an4": archive})
+    command = ["prepare", "an4", "--download", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    manifests = {name: (tmp_path / "out" / name).read_bytes() for name in ("train.jsonl", "dev.jsonl", "test.jsonl")}
+    assert len(read_manifest(tmp_path / "out/train.jsonl")) == 3
+    (served[0] / "an4_sphere.tar.gz").unlink()
+    assert cli.main(command) == 0  # nothing is fetched again
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in manifests} == manifests
+    (tmp_path / "out/an4_sphere.tar.gz").unlink()
+    shutil.rmtree(tmp_path / "out/an4")
+    assert cli.main(command) == cli.FAILURE
 
 
 def test_librispeech_fetches_the_chosen_splits_once(served: tuple[Path, str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder, read_hot_words
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.decoding.hypothesis import NOTHING, DecoderError
@@ -211,10 +212,10 @@ def test_hot_words_that_change_nothing_leave_the_scores(vocabulary, log_probs, l
 
 
 def test_a_back_end_without_hot_words_says_so(vocabulary):
-    with pytest.raises(DecoderError, match="flashlight has no hot words; take --backend pyctcdecode"):
+    with pytest.raises(ConfigError, match="flashlight has no hot words; take --backend pyctcdecode"):
         make_decoder(beam("flashlight", hot_words=(("nine", 5.0),)), vocabulary)
     needs("ctc-beam-decoder")
-    with pytest.raises(DecoderError, match="one weight for all hot words, got 2"):
+    with pytest.raises(ConfigError, match="one weight for all hot words, got 2"):
         make_decoder(beam("ctc-beam-decoder", hot_words=(("nine", 5.0), ("ten", 6.0))), vocabulary)
 
 
@@ -233,13 +234,13 @@ def test_hot_words_come_from_the_command_line_or_a_file(vocabulary, tmp_path):
     ],
 )
 def test_hot_words_that_are_none_are_refused(text, message, vocabulary):
-    with pytest.raises(DecoderError, match=message):
+    with pytest.raises(ConfigError, match=message):
         read_hot_words(text, vocabulary)
 
 
 def test_hot_words_that_the_alphabet_cannot_spell_are_refused(vocabulary):
     hot = read_hot_words("café:3", vocabulary)
-    with pytest.raises(DecoderError, match="hot word 'café': 'é' is not in the alphabet"):
+    with pytest.raises(ConfigError, match="hot word 'café': 'é' is not in the alphabet"):
         make_decoder(beam("pyctcdecode", hot_words=hot), vocabulary)
 
 
@@ -275,13 +276,13 @@ def test_a_lexicon_that_cannot_be_used_is_refused(content, message, vocabulary, 
         path.write_text(content)
     with pytest.raises(DecoderError, match=message):
         make_decoder(replace(beam(needs("flashlight")), lexicon=path), vocabulary)
-    with pytest.raises(DecoderError, match="pyctcdecode has no lexicon; take --backend flashlight"):
+    with pytest.raises(ConfigError, match="pyctcdecode has no lexicon; take --backend flashlight"):
         make_decoder(replace(beam("pyctcdecode"), lexicon=path), vocabulary)
 
 
 @pytest.mark.parametrize("threshold", [0.4, 1.0, float("nan")])
 def test_a_blank_threshold_is_a_probability(threshold, vocabulary):
-    with pytest.raises(DecoderError, match="blank threshold"):
+    with pytest.raises(ConfigError, match="blank threshold"):
         make_decoder(replace(beam("pyctcdecode"), blank_threshold=threshold), vocabulary)
 
 

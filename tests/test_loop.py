@@ -376,11 +376,15 @@ def test_bad_audio_in_training_is_counted_and_named(tones, tmp_path):
     utterances = read_manifest(tones / "train.jsonl")
     utterances[3] = dataclasses.replace(utterances[3], audio_filepath=tmp_path / "gone.wav")
     write_manifest(tmp_path / "train.jsonl", utterances)
-    base = config(tones)
+    base = config(tones, steps=16)  # more than two epochs
     data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),), dev=None)
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
-    assert "gone.wav" in (tmp_path / "run/train.log").read_text()
-    assert metrics(tmp_path / "run")[8]["train/unreadable"] >= 1
+    times = metrics(tmp_path / "run")[16]["train/unreadable"]
+    assert times >= 2
+    log = (tmp_path / "run/train.log").read_text()
+    assert log.count("gone.wav") == 1
+    summary = f"left out: 1 utterance that could not be read, {times:.0f} times; train.log names it"
+    assert log.splitlines()[-2].endswith(summary)
 
 
 def test_a_corpus_that_was_moved_is_found_before_training(tones, tmp_path):
@@ -438,6 +442,10 @@ def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_pa
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
     counts = [metrics(tmp_path / run)[8]["train/unreadable"] for run in ("whole", "run")]
     assert counts[0] == counts[1] > metrics(tmp_path / "run")[4]["train/unreadable"] > 0
+    for run in ("whole", "run"):
+        log = (tmp_path / run / "train.log").read_text()
+        assert [log.count(f", {u.id}: ") for u in gone] == [1] * 4
+        assert f"left out: 4 utterances that could not be read, {counts[0]:.0f} times; train.log names them" in log
 
 
 @pytest.mark.parametrize(
@@ -514,8 +522,8 @@ def test_out_of_memory_is_one_line_that_names_the_batch_and_leaves_the_last_chec
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4770354232 bytes.")
             return self._step(*args)
 
-    def compile_exhausted(*args):
-        return {shape: Exhausted(step) for shape, step in compile_ahead(*args).items()}
+    def compile_exhausted(*args, **kwargs):
+        return {shape: Exhausted(step) for shape, step in compile_ahead(*args, **kwargs).items()}
 
     settings = config(tones, checkpoint_every=2)
     with monkeypatch.context() as patch:
@@ -528,6 +536,23 @@ def test_out_of_memory_is_one_line_that_names_the_batch_and_leaves_the_last_chec
         assert checkpoints.last() == 2
     assert train(settings, tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_the_first_step_takes_over_the_buffers_of_the_state_and_compiles_only_what_comes_up(
+    tones, tmp_path, monkeypatch
+):
+    """A state that was not donated would lie in memory twice."""
+    distribute, states = loop.distribute, []
+    monkeypatch.setattr(loop, "distribute", lambda *args: states.append(distribute(*args)) or states[0])
+    base = config(tones, steps=1)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, dev=None, num_buckets=3))
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
+    leaves = [leaf for leaf in jax.tree.leaves(states[0]) if leaf.ndim]
+    assert len(leaves) > 20
+    assert all(leaf.is_deleted() for leaf in leaves)
+    log = (tmp_path / "run/train.log").read_text()
+    assert " 3 batch shapes, " in log
+    assert re.search("compiled 1 of 3 batch shapes in .* s, those that come up in the next steps;", log)
 
 
 def test_the_memory_of_the_largest_batch_is_said_before_the_first_step(tones, whole):
@@ -574,6 +599,7 @@ def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, l
     wider = dataclasses.replace(base, model=dataclasses.replace(base.model, width=48))
     with pytest.raises(CheckpointError, match="same model"):
         train(wider, tmp_path / "wider", progress=False)
+    assert not (tmp_path / "wider").exists()
 
 
 def test_a_run_is_evaluated_on_whatever_devices_are_there(tones, learnt, tmp_path):

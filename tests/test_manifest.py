@@ -94,7 +94,7 @@ def test_a_missing_manifest_says_how_to_write_one(tmp_path: Path):
 
 def test_a_file_that_is_no_text_and_a_folder_are_refused(tmp_path: Path):
     (tmp_path / "m.jsonl").write_bytes(b"RIFF\xff\xfe\x00")
-    assert "cannot be read" in refusal(tmp_path / "m.jsonl")
+    assert refusal(tmp_path / "m.jsonl").endswith("m.jsonl:1: not UTF-8 (invalid start byte at byte 4)")
     (tmp_path / "folder").mkdir()
     assert "a folder without index.jsonl" in refusal(tmp_path / "folder")
     (tmp_path / "folder/index.jsonl").mkdir()

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.decoder import DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
 from jaxds2.decoding.pool import AHEAD, Pool, open_pool
@@ -65,7 +66,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_hang(make):
 def test_no_processes_are_no_pool():
     with open_pool(make_worker, 0) as none:
         assert none is None
-    with pytest.raises(DecoderError, match="-1 decoding processes"), open_pool(make_worker, -1):
+    with pytest.raises(ConfigError, match="-1 decoding processes"), open_pool(make_worker, -1):
         pass
 
 

@@ -1,9 +1,12 @@
 import json
+import os
+import time
+from typing import Any
 
 import pytest
 
 from jaxds2.evaluation.breakdown import score_utterances
-from jaxds2.evaluation.report import write_report
+from jaxds2.evaluation.report import replaced, write_report
 from jaxds2.files import WriteError
 
 METADATA = {
@@ -85,6 +88,21 @@ def test_report_holds_the_corpus_counts(tmp_path):
         "worst": [{"id": "utt-b", "errors": 2, "words": 3}, {"id": "utt-c", "errors": 1, "words": 2}],
         **METADATA,
     }
+
+
+def test_scores_that_others_replace_are_named_by_what_differs(tmp_path):
+    assert replaced(tmp_path, {"name": "greedy"}, 700) is None
+    beam = {"name": "beam", "alpha": 0.5, "hot_words": {"a": 1.0}, "sources": {"alpha": "default"}}
+    metadata: dict[str, Any] = METADATA | {"decoder": beam}
+    write_report(tmp_path, scored(), **metadata)
+    assert replaced(tmp_path, beam | {"sources": {"alpha": "command line"}}, 700) is None
+    os.utime(tmp_path / "report.json", (0, time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))))
+    assert replaced(tmp_path, beam | {"alpha": 1.0}, 900) == (
+        f"the scores of 2026-01-02 03:04 in {tmp_path} are replaced (alpha 0.5 -> 1.0, checkpoint step 700 -> 900); "
+        f"--name keeps both"
+    )
+    (tmp_path / "report.json").write_text("{")
+    assert replaced(tmp_path, beam, 700) == f"{tmp_path / 'report.json'} cannot be read and is replaced"
 
 
 def test_recognitions_are_sorted_by_id(tmp_path):

@@ -11,10 +11,10 @@ from jaxds2.decoding.decoder import DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
 from jaxds2.decoding.lm import build_ngram
 from jaxds2.decoding.settings import BeamSettings
-from jaxds2.decoding.tuned import SETTINGS, defaults, settle, write_tuned
+from jaxds2.decoding.tuned import SETTINGS, defaults, settle, unused, write_tuned
 from jaxds2.evaluation import tuning
 from jaxds2.evaluation.metrics import count_word_edits
-from jaxds2.evaluation.tuning import TuningError, draw_surface, refuse_test_sets, tune
+from jaxds2.evaluation.tuning import Point, TuningError, draw_surface, refuse_test_sets, tune
 from jaxds2.text import Vocabulary
 
 pytest.importorskip("kenlm")
@@ -50,9 +50,39 @@ def test_the_grid_is_whole_and_its_table_has_every_point(tuned):
     assert [(p.choice.beam.alpha, p.choice.beam.beta) for p in tuned.grid] == [
         (a, b) for a in tuning.ALPHAS for b in tuning.BETAS
     ]
-    rows = tuned.render().splitlines()[1:-1]
+    rows = tuned.render().splitlines()[1 : 1 + len(tuning.ALPHAS)]
     rates = [float(rate) for row in rows for rate in row.split()[2:]]
     assert rates == [round(100 * p.word_errors / tuned.words, 2) for p in tuned.grid]
+
+
+def costing(points: dict[tuple[float, float], int]) -> list[Point]:
+    return [Point(DecoderChoice("beam", beam=BeamSettings(alpha=a, beta=b)), n, 0) for (a, b), n in points.items()]
+
+
+@pytest.mark.parametrize(
+    ("good", "middle"),
+    [
+        ([(0.25, 0.0)], (0.25, 0.0)),
+        ([(a, b) for a in (0.5, 1.0, 1.5) for b in (1.0, 2.0, 3.0)], (1.0, 2.0)),
+        ([(a, 0.0) for a in tuning.ALPHAS], (1.0, 0.0)),  # in steps of the grid: by value it would be 1.05
+        ([(0.25, 2.0), (2.0, 1.0), (2.0, 2.0), (2.0, 3.0)], (2.0, 2.0)),  # a mean may not be good itself
+        ([(1.5, 2.0), (1.5, 3.0)], (1.5, 2.0)),
+    ],
+)
+def test_of_equally_good_weights_those_in_the_middle_are_taken(good, middle):
+    points = costing({(a, b): int((a, b) not in good) for a in tuning.ALPHAS for b in tuning.BETAS})
+    for ordered in (points, points[::-1]):
+        beam = tuning._middle(ordered).choice.beam
+        assert (beam.alpha, beam.beta) == middle
+
+
+def test_how_many_settings_are_as_good_is_said(tuned):
+    equal = sum(p.cost == tuned.best.cost for p in tuned.points)
+    assert equal > 1
+    assert tuned.render().endswith(
+        f"\n{equal} of them are as good: the middle of such weights is taken, then the cheapest pruning"
+    )
+    assert "as good" not in replace(tuned, points=[tuned.best]).render()
 
 
 def test_every_pruning_was_tried_and_no_setting_twice(tuned):
@@ -109,6 +139,17 @@ def test_settings_of_another_back_end_or_language_model_are_not_used(an4, run, t
         assert values == defaults()
         assert set(sources.values()) == {"default"}
     assert settle({}, None, "pyctcdecode", an4[3])[0] == defaults()
+
+
+def test_tuned_settings_that_are_not_used_are_named_by_their_language_model(an4, run, tmp_path):
+    entry = json.loads((run / "decoding.json").read_text())["pyctcdecode"]
+    write_tuned(run, "pyctcdecode", entry | {"lm": "data/lm.arpa"})
+    other = tmp_path / "other.arpa"
+    other.write_text("another")
+    tuned_with = f"{run / 'decoding.json'}: its settings were tuned with data/lm.arpa; for a search"
+    assert unused(run, "pyctcdecode", None) == f"{tuned_with} without one the defaults hold"
+    assert unused(run, "pyctcdecode", other) == f"{tuned_with} with {other}, which is another, the defaults hold"
+    assert unused(run, "pyctcdecode", an4[3]) is unused(run, "flashlight", None) is unused(None, "x", None) is None
 
 
 def test_back_ends_stand_beside_one_another(run):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxds2.audio import AudioError, EmptyAudioError, NonFiniteAudioError, read_audio
 from jaxds2.config import FeatureConfig
 from jaxds2.ctc import min_frames
-from jaxds2.data.manifest import DURATION_TOLERANCE, ManifestError, Utterance, manifest_path, read_manifest, set_name
+from jaxds2.data.manifest import DURATION_TOLERANCE, ManifestError, Utterance, manifest_path, scan_manifest, set_name
 from jaxds2.data.shards import Recordings, shard_faults
 from jaxds2.text import Vocabulary
 
@@ -40,6 +40,7 @@ SHOWN_PER_KIND = 20
 """Offenders of a kind that `render` lists; `to_dict` has all."""
 
 ErrorKind = Literal[
+    "bad line",
     "damaged shard",
     "unreadable",
     "empty",
@@ -220,10 +221,14 @@ def audit(
       progress: show a bar on stderr.
 
     Raises:
-      ManifestError: a manifest cannot be read, or is given twice.
+      ManifestError: a manifest cannot be read or is empty, or is given twice.
     """
     _check_distinct(manifests)
-    read = {str(path): read_manifest(path) for path in manifests}
+    scanned = {str(path): scan_manifest(path) for path in manifests}
+    read = {manifest: utterances for manifest, (utterances, _) in scanned.items()}
+    bad = [
+        Finding("bad line", manifest, None, f"line {f}") for manifest, (_, faults) in scanned.items() for f in faults
+    ]
     damaged = [
         Finding("damaged shard", manifest, None, fault)
         for manifest, utterances in read.items()
@@ -243,6 +248,7 @@ def audit(
     ]
     by_manifest = {str(path): [e for e in entries if e.manifest == str(path)] for path in manifests}
     findings = [
+        *bad,
         *damaged,
         *(f for e in entries for f in _check_audio(e)),
         *(f for e in entries for f in _check_label(e, vocabulary, output_frames)),

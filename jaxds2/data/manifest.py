@@ -64,8 +64,26 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read and validate a manifest or the index of a folder of shards. The audio files themselves are not opened.
 
     Raises:
-      ManifestError: no such file, an empty file, or bad lines, the first five in one message and the rest counted: not
-        JSON, a missing key, a wrong type, a duration that no audio file may have, an id twice.
+      ManifestError: no such file, an empty file, or bad lines, the first five in one message and the rest counted.
+    """
+    utterances, faults = scan_manifest(path)
+    path = manifest_path(path)
+    if len(faults) == 1:
+        raise ManifestError(f"{path}:{faults[0]}")
+    if faults:
+        more = f" | and {len(faults) - _LINES_NAMED} more" if len(faults) > _LINES_NAMED else ""
+        raise ManifestError(f"{path}: {len(faults)} bad lines: {' | '.join(faults[:_LINES_NAMED])}{more}")
+    return utterances
+
+
+def scan_manifest(path: str | Path) -> tuple[list[Utterance], list[str]]:
+    """As read_manifest, but that bad lines are passed over and described: `line number: reason`.
+
+    A bad line is not UTF-8, not JSON, lacks a key, has one of a wrong type or a duration that no audio file may have,
+    or uses an id again.
+
+    Raises:
+      ManifestError: no such file, or an empty file.
     """
     folder, path = Path(path), manifest_path(path)
     utterances: list[Utterance] = []
@@ -73,12 +91,16 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     shards: dict[str, Path] = {}
     faults: list[str] = []
     try:
-        with path.open(encoding="utf-8", newline="\n") as lines:  # a text may hold any other character that ends lines
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
+        with path.open("rb") as lines:  # of text mode's, a text may hold characters that end lines
+            for number, data in enumerate(lines, start=1):
                 try:
+                    line = data.decode()
+                    if not line.strip():
+                        continue
                     utterance = _parse_line(line, path, shards)
+                except UnicodeDecodeError as e:
+                    faults.append(f"{number}: not UTF-8 ({e.reason} at byte {e.start})")
+                    continue
                 except RecursionError:
                     faults.append(f"{number}: brackets nested too deeply")
                     continue
@@ -87,6 +109,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
                     continue
                 if utterance.id in seen:
                     faults.append(f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
+                    continue
                 seen.setdefault(utterance.id, number)
                 utterances.append(utterance)
     except FileNotFoundError:
@@ -96,16 +119,11 @@ def read_manifest(path: str | Path) -> list[Utterance]:
                 f"`jaxds2 shard MANIFEST --out {folder}` to its end"
             ) from None
         raise ManifestError(f"no manifest {path}; write one with `jaxds2 prepare`, see README") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise ManifestError(f"{path}: cannot be read ({e})") from None
-    if len(faults) == 1:
-        raise ManifestError(f"{path}:{faults[0]}")
-    if faults:
-        more = f" | and {len(faults) - _LINES_NAMED} more" if len(faults) > _LINES_NAMED else ""
-        raise ManifestError(f"{path}: {len(faults)} bad lines: {' | '.join(faults[:_LINES_NAMED])}{more}")
-    if not utterances:
+    if not utterances and not faults:
         raise ManifestError(f"{path}: holds no utterances")
-    return utterances
+    return utterances, faults
 
 
 def _parse_line(line: str, path: Path, shards: dict[str, Path]) -> Utterance:

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.blanks import BlanksCollapsed
 from jaxds2.decoding.greedy import GreedyDecoder
-from jaxds2.decoding.hypothesis import Decoder, DecoderError
+from jaxds2.decoding.hypothesis import Decoder
 from jaxds2.decoding.lm import WordModel, open_model
 from jaxds2.decoding.settings import BeamSettings
 from jaxds2.text import Vocabulary
@@ -45,18 +46,18 @@ def make_decoder(choice: DecoderChoice, vocabulary: Vocabulary, lm: WordModel | 
       lm: choice.lm where it is open already.
 
     Raises:
-      DecoderError: its package is missing, or settings that do not go together. LMError: as open_model.
+      ConfigError: settings that do not go together. DecoderError: its package is missing. LMError: as open_model.
     """
     if choice.name == "greedy":
         return GreedyDecoder(vocabulary)
     if choice.lexicon and choice.backend != "flashlight":
-        raise DecoderError(f"--backend {choice.backend} has no lexicon; take --backend flashlight")
+        raise ConfigError(f"--backend {choice.backend} has no lexicon; take --backend flashlight")
     threshold = choice.blank_threshold
     if threshold is not None and not 0.5 <= threshold < 1:
-        raise DecoderError(f"blank threshold {threshold}: expected a probability, at least 0.5 and below 1")
+        raise ConfigError(f"blank threshold {threshold}: expected a probability, at least 0.5 and below 1")
     for word, _ in choice.beam.hot_words:
         if unknown := vocabulary.unknown(word):
-            raise DecoderError(
+            raise ConfigError(
                 f"hot word {word!r}: {unknown!r} is not in the alphabet {vocabulary.characters!r} of the model"
             )
     if choice.lm and lm is None:
@@ -74,7 +75,7 @@ def make_decoder(choice: DecoderChoice, vocabulary: Vocabulary, lm: WordModel | 
 
         decoder = NativeBeamDecoder(vocabulary, choice.beam, lm=lm)
     else:
-        raise DecoderError(f"back end {choice.backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise ConfigError(f"back end {choice.backend!r}: expected one of {', '.join(BACKENDS)}")
     if threshold is not None:
         decoder = BlanksCollapsed(decoder, threshold)
     decoder.settings.update(backend=choice.backend, sources=dict(choice.sources))
@@ -85,7 +86,7 @@ def read_hot_words(text: str, vocabulary: Vocabulary) -> tuple[tuple[str, float]
     """Hot words of `word:weight,word:weight`, or of a file with one such a line; weight 10 where there is none.
 
     Raises:
-      DecoderError: no word, more than one in a place, or a weight that is no number.
+      ConfigError: no word, more than one in a place, or a weight that is no number.
     """
     path = Path(text)
     entries: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
@@ -98,7 +99,7 @@ def read_hot_words(text: str, vocabulary: Vocabulary) -> tuple[tuple[str, float]
         try:
             found[vocabulary.normalize(word)] = float(weight)
         except ValueError:
-            raise DecoderError(f"hot word {entry.strip()!r}: expected word:weight, the weight a number") from None
+            raise ConfigError(f"hot word {entry.strip()!r}: expected word:weight, the weight a number") from None
     if not found or any(len(word.split()) != 1 for word in found):
-        raise DecoderError(f"hot words {text!r}: expected single words, as word:weight,word:weight or a file of them")
+        raise ConfigError(f"hot words {text!r}: expected single words, as word:weight,word:weight or a file of them")
     return tuple(found.items())

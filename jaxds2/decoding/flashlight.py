@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.hypothesis import (
     NOTHING,
     DecoderError,
@@ -48,10 +49,11 @@ class FlashlightDecoder:
           lexicon: file of the words to choose from, one a line; None: those of the language model.
 
         Raises:
-          DecoderError: flashlight-text is missing, hot words are asked for, or a lexicon that cannot be used.
+          ConfigError: hot words are asked for. DecoderError: flashlight-text is missing, or a lexicon that cannot be
+            used.
         """
         if settings.hot_words:
-            raise DecoderError("--backend flashlight has no hot words; take --backend pyctcdecode")
+            raise ConfigError("--backend flashlight has no hot words; take --backend pyctcdecode")
         try:
             from flashlight.lib.text import decoder as fl  # pyright: ignore[reportMissingImports]
             from flashlight.lib.text.decoder.kenlm import KenLM  # pyright: ignore[reportMissingImports]

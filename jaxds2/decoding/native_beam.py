@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.beam import UNKNOWN_OFFSET, described_beam
 from jaxds2.decoding.hypothesis import NOTHING, DecoderError, Hypothesis, check_log_probs
 from jaxds2.decoding.lm import WordModel, silence
@@ -30,7 +31,7 @@ class NativeBeamDecoder:
         """As BeamDecoder.
 
         Raises:
-          DecoderError: ctc-beam-decoder is missing, or hot words of more than one weight.
+          DecoderError: ctc-beam-decoder is missing. ConfigError: hot words of more than one weight.
         """
         try:
             from ctc_beam_decoder import BeamSearchDecoder  # pyright: ignore[reportMissingImports]
@@ -38,7 +39,7 @@ class NativeBeamDecoder:
             raise DecoderError(f"--backend ctc-beam-decoder needs ctc-beam-decoder ({e}): {INSTALL}") from None
         weights = {weight for _, weight in settings.hot_words}
         if len(weights) > 1:
-            raise DecoderError(
+            raise ConfigError(
                 f"--backend ctc-beam-decoder has one weight for all hot words, got {len(weights)}: give them the same, "
                 f"or take --backend pyctcdecode"
             )

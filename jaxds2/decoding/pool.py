@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
+from jaxds2.config import ConfigError
 from jaxds2.decoding.hypothesis import DecoderError
 
 AHEAD = 32
@@ -70,10 +71,10 @@ def open_pool(make: Callable[[], Callable[[Item], Result]], workers: int) -> Ite
     """A pool for the block, or None where no processes are asked for.
 
     Raises:
-      DecoderError: a negative number of workers.
+      ConfigError: a negative number of workers.
     """
     if workers < 0:
-        raise DecoderError(f"{workers} decoding processes: must be 0 or more")
+        raise ConfigError(f"{workers} decoding processes: must be 0 or more")
     if not workers:
         yield None
         return

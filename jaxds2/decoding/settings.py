@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class BeamSettings:
     """What decides the text, but for the language model itself.
 
     Raises:
-      DecoderError: a value out of range.
+      ConfigError: a value out of range.
     """
 
     alpha: float = 0.5
@@ -32,15 +32,13 @@ class BeamSettings:
 
     def __post_init__(self) -> None:
         if self.beam_width < 1:
-            raise DecoderError(f"beam width {self.beam_width}: must be at least 1")
+            raise ConfigError(f"beam width {self.beam_width}: must be at least 1")
         if not max(self.beam_prune_logp, self.token_min_logp) < 0:
-            raise DecoderError(
-                f"pruning at {self.beam_prune_logp} and {self.token_min_logp} nats: both must be below 0"
-            )
+            raise ConfigError(f"pruning at {self.beam_prune_logp} and {self.token_min_logp} nats: both must be below 0")
         if not (math.isfinite(self.alpha) and math.isfinite(self.beta) and self.alpha >= 0):
-            raise DecoderError(f"alpha {self.alpha}, beta {self.beta}: alpha must be 0 or more, both finite")
+            raise ConfigError(f"alpha {self.alpha}, beta {self.beta}: alpha must be 0 or more, both finite")
         if self.nbest < 1:
-            raise DecoderError(f"{self.nbest} hypotheses: must be at least 1")
+            raise ConfigError(f"{self.nbest} hypotheses: must be at least 1")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -49,6 +49,19 @@ def settle(
     return values, sources
 
 
+def unused(run_dir: Path | None, backend: str, lm: Path | None) -> str | None:
+    """A line on settings that were tuned for this back end with another language model; None: there are none.
+
+    Raises:
+      DecoderError: as read_tuned.
+    """
+    entry = read_tuned(run_dir).get(backend) if run_dir else None
+    if run_dir is None or entry is None or (lm is not None and _tuned(run_dir, backend, lm)):
+        return None
+    here = f"with {lm}, which is another," if lm else "without one"
+    return f"{run_dir / FILE}: its settings were tuned with {entry.get('lm')}; for a search {here} the defaults hold"
+
+
 def read_tuned(run_dir: Path) -> dict[str, Any]:
     """The file's content by back end; empty where there is none.
 

@@ -51,7 +51,7 @@ class Scores:
 
     @property
     def rtfx(self) -> float:
-        """Seconds of audio per second of the clock, without loading and compiling the model."""
+        """Seconds of audio per second of the clock, without compiling the model and starting the loader."""
         return self.audio_seconds / self.wall_seconds
 
 
@@ -77,7 +77,7 @@ def evaluate(
       decode: log-probabilities to hypotheses.
       pool: decodes in `decode`'s place, with processes that each have one like it.
       with_loss: also the CTC loss, which needs references that the vocabulary can spell.
-      warm_up: compile every batch shape before the clock starts.
+      warm_up: compile every batch shape before the clock starts, which it does when the first batch is there.
       progress: show a bar.
       should_stop: polled at each batch.
       keep: called with each utterance's index and its log_probs_UV, before it is decoded.
@@ -96,9 +96,14 @@ def evaluate(
     losses: list[tuple[int, float | None]] = []
     """Index and nats, None where the label does not fit."""
     examples: list[tuple[int, np.ndarray]] = []
+    start = time.perf_counter()
+
+    def start_clock() -> None:
+        nonlocal start
+        start = time.perf_counter()
 
     def emitted() -> Iterator[np.ndarray]:
-        for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss):
+        for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss, on_first=start_clock):
             if should_stop():
                 raise Interrupted
             failed.extend(failures)
@@ -116,7 +121,6 @@ def evaluate(
                 order.append(index)
                 yield log_probs_UV
 
-    start = time.perf_counter()
     own = -(-len(utterances) // jax.process_count())
     decoded = list(zip(order, _decode_all(emitted(), decode, pool, own, progress), strict=False))
     decoded, failed, losses = (

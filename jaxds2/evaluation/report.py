@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,8 @@ def score_run(
       WriteError: as write_report.
     """
     scored = _Scored.read(manifest, recognizer.config, recognizer.vocabulary, page=page)
+    if line := replaced(folder, decoder.settings, recognizer.step):
+        print(line, file=sys.stderr)
     log_probs: dict[int, np.ndarray] = {}
 
     def keep(index: int, log_probs_UV: np.ndarray) -> None:
@@ -136,6 +140,8 @@ def score_log_probs(
     scored = _Scored.read(manifest, config, Vocabulary(saved.characters), page=page)
     ids = [u.id for u in scored.utterances]
     check_same(saved, characters=config.data.characters, ids=ids, manifest_sha256=scored.digest, where=str(where))
+    if line := replaced(folder, decoder.settings, saved.checkpoint_step):
+        print(line, file=sys.stderr)
     scores = evaluate_log_probs(
         saved.log_probs, scored.utterances, scored.vocabulary, decoder, pool=pool, keep=scored.keep
     )
@@ -149,6 +155,29 @@ def score_log_probs(
         checkpoint_step=saved.checkpoint_step,
         log_probs=str(where),
     )
+
+
+def replaced(folder: Path, decoder: Mapping[str, Any], checkpoint_step: int) -> str | None:
+    """A line on scores in a folder that others would replace; None: there are none, or of the same model and settings.
+
+    Args:
+      folder: where a report may lie.
+      decoder: the settings of the decoder that is to be scored.
+      checkpoint_step: of the weights that are to be scored.
+    """
+    path = folder / "report.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(there["decoder"]) | {"checkpoint step": there["checkpoint_step"]}
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} cannot be read and is replaced"
+    after = json.loads(json.dumps(dict(decoder))) | {"checkpoint step": checkpoint_step}
+    names = [name for name in before | after if name != "sources" and before.get(name) != after.get(name)]
+    changes = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
+    return f"the scores of {when} in {folder} are replaced ({changes}); --name keeps both" if changes else None
 
 
 @dataclass(frozen=True)
@@ -252,7 +281,7 @@ def write_report(
     Args:
       folder: made if absent.
       utterances: of score_utterances.
-      rtfx: seconds of audio per second of the clock, without loading and compiling.
+      rtfx: seconds of audio per second of the clock; see Scores.rtfx.
       manifest: path of the manifest, as it was given.
       manifest_sha256: of the manifest's bytes.
       checkpoint: how the weights were asked for (`best`, `last`, a step), where that is known.

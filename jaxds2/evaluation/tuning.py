@@ -17,6 +17,7 @@ from jaxds2.decoding.decoder import DecoderChoice, make_decoder
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.decoding.lm import open_model
 from jaxds2.decoding.pool import open_pool
+from jaxds2.decoding.settings import BeamSettings
 from jaxds2.decoding.tuned import SETTINGS, write_tuned
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.evaluation.logprobs import check_same, read_log_probs
@@ -66,6 +67,11 @@ class Tuning:
     words: int
     """In the references."""
 
+    @property
+    def equally_good(self) -> int:
+        """How many of the settings that were tried make no more errors than the best."""
+        return sum(p.cost == self.best.cost for p in self.points)
+
     def render(self) -> str:
         """A table of word error rates, alphas down and betas across, and the best point."""
         by_weights = {(p.choice.beam.alpha, p.choice.beam.beta): p for p in self.grid}
@@ -79,6 +85,11 @@ class Tuning:
             f"{best.beam_prune_logp:g}, token_min_logp {best.token_min_logp:g}: "
             f"{self.best.word_errors} errors in {self.words} words ({len(self.points)} settings tried)"
         )
+        if self.equally_good > 1:
+            lines.append(
+                f"{self.equally_good} of them are as good: the middle of such weights is taken, then the cheapest "
+                f"pruning"
+            )
         return "\n".join(lines)
 
 
@@ -111,8 +122,8 @@ def tune(
 ) -> Tuning:
     """Search weights on a grid and around its best point, then the pruning.
 
-    The same input gives the same settings, by whatever number of processes: of equally good ones the smaller weights
-    and the cheaper pruning are taken.
+    The same input gives the same settings, by whatever number of processes: of equally good weights
+    those in the middle are taken, since at the edge another set may fall off, and of equally good pruning the cheapest.
 
     Args:
       log_probs: log_probs_UV of each utterance.
@@ -123,7 +134,7 @@ def tune(
       progress: show a bar.
 
     Raises:
-      DecoderError, LMError: as make_decoder.
+      ConfigError, DecoderError, LMError: as make_decoder.
     """
     make_decoder(choice, vocabulary)  # what is wrong with the choice is said here, not in a process
     make = partial(_Scorer, list(log_probs), list(refs), vocabulary, choice.lm)
@@ -143,7 +154,7 @@ def tune(
                 yield point
 
         grid = list(score(_with(choice, alpha=a, beta=b) for a in ALPHAS for b in BETAS))
-        best = min(grid, key=lambda p: p.cost)
+        best = _middle(grid)
         beam = best.choice.beam
         around = [
             _with(best.choice, alpha=a, beta=b)
@@ -151,7 +162,7 @@ def tune(
             for b in _between(BETAS, beam.beta)
             if (a, b) != (beam.alpha, beam.beta)
         ]
-        best = min([best, *score(around)], key=lambda p: (p.cost, p.choice.beam.alpha, p.choice.beam.beta))
+        best = _middle([*grid, *score(around)])
         for name, values in PRUNINGS.items():
             tried = {getattr(best.choice.beam, name): best}
             others = [value for value in values if value not in tried]
@@ -250,6 +261,7 @@ def tune_run(
         "settings": {name: values[name] for name in SETTINGS if name in values} | {"blank_threshold": blank_threshold},
         "word_errors": best.word_errors,
         "words": tuning.words,
+        "equally_good": tuning.equally_good,
         "tried": [
             {name: getattr(p.choice.beam, name) for name in SETTINGS if name in values} | {"word_errors": p.word_errors}
             for p in tuning.points
@@ -279,6 +291,23 @@ class _Scorer:
 
 def _with(choice: DecoderChoice, **settings: float) -> DecoderChoice:
     return replace(choice, beam=replace(choice.beam, **settings))
+
+
+def _middle(points: Sequence[Point]) -> Point:
+    """Of the points with the least cost the one that the others are nearest to, counted in steps of the grid.
+
+    Of several such, the one with the smaller weights.
+    """
+
+    def apart(a: BeamSettings, b: BeamSettings) -> float:
+        alphas = np.interp([a.alpha, b.alpha], ALPHAS, range(len(ALPHAS)))
+        betas = np.interp([a.beta, b.beta], BETAS, range(len(BETAS)))
+        return float(abs(np.diff(alphas)[0]) + abs(np.diff(betas)[0]))
+
+    least = min(p.cost for p in points)
+    good = {p.choice.beam: p for p in points if p.cost == least}
+    middle = min(good, key=lambda beam: (sum(apart(beam, other) for other in good), beam.alpha, beam.beta))
+    return good[middle]
 
 
 def _between(steps: Sequence[float], value: float) -> list[float]:

@@ -104,7 +104,12 @@ class Recognizer:
             jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
 
     def run(
-        self, utterances: Sequence[Utterance], plan: BatchPlan, *, with_labels: bool
+        self,
+        utterances: Sequence[Utterance],
+        plan: BatchPlan,
+        *,
+        with_labels: bool,
+        on_first: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[Batch, EvalOutput, tuple[str, ...]]]:
         """The model's output for each batch of the first epoch of a plan; of several processes each has its rows.
 
@@ -112,6 +117,7 @@ class Recognizer:
           utterances: what the plan was made of.
           plan: see `plan`.
           with_labels: encode the transcripts too, for the loss or to align them.
+          on_first: called when the loader has started and the first batch is there.
 
         Yields:
           The batch, its index_B into utterances, the output on the host, and a line for each recording that failed.
@@ -128,6 +134,8 @@ class Recognizer:
             process=jax.process_index(),
             processes=jax.process_count(),
         ) as batches:
-            for loaded in batches:
+            for number, loaded in enumerate(batches):
+                if number == 0:
+                    on_first()
                 output = self.eval_step(self.params, place(loaded.batch, self.mesh))
                 yield loaded.batch, own_rows(output), loaded.failures

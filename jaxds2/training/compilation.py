@@ -50,8 +50,12 @@ def compile_ahead(
     buckets: Sequence[Bucket],
     monitor: Monitor,
     should_stop: Callable[[], bool],
+    *,
+    planned: int,
 ) -> dict[tuple[int, ...], Compiled]:
-    """The gradient step compiled for each batch shape, by the shape of this process' audio_BS; fewer after a stop.
+    """The gradient step compiled for each of `buckets`, by the shape of this process' audio_BS; fewer after a stop.
+
+    `planned` batch shapes are there in all.
 
     Raises:
       OutOfMemoryError: there is too little memory to compile one.
@@ -75,7 +79,9 @@ def compile_ahead(
         if (temporaries := temporary_bytes(compiled[shape])) is not None:
             needed[shape] = temporaries
     monitor.preparing("", len(buckets), len(buckets))
-    message = f"compiled {len(compiled)} of {len(buckets)} batch shapes in {time.perf_counter() - start:.0f} s"
+    message = f"compiled {len(compiled)} of {planned} batch shapes in {time.perf_counter() - start:.0f} s"
+    if len(compiled) == len(buckets) < planned:
+        message += ", those that come up in the next steps"
     if needed:
         most = max(needed, key=needed.__getitem__)
         message += (

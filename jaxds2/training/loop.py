@@ -152,8 +152,9 @@ def _train(
     config: Config, run_dir: Path, lock: RunLock, checkpoints: Checkpoints, signalled: StopSignal, progress: bool
 ) -> int:
     stop, writes = hosts.SharedStop(signalled), jax.process_index() == 0
+    source = None
     if config.training.init_from is not None and checkpoints.last() is None:
-        init_run(config.training.init_from)
+        source = init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple, fsdp=config.training.fsdp)
     keep_compiled(mesh.devices.flat[0].platform)
@@ -163,7 +164,14 @@ def _train(
     digest = manifest_digest(utterances)
     total_steps, batches_per_step = num_updates(config, plan), config.training.accumulate
     hosts.agree({"digest of the training manifests": digest, "digest of the dev manifest": manifest_digest(dev)})
-    if writes:
+    seed, ema_decay = config.training.seed, config.training.ema_decay
+    apply, params = create(
+        config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=seed
+    )
+    renewed: list[str] = []
+    if source is not None:
+        params, renewed = initial_params(source, params, vocabulary.characters)
+    if writes:  # from here on; what refuses to start has left nothing behind
         lock.take()
     claim_run(config, run_dir, started=checkpoints.last() is not None, writes=writes)
     set_aside = checkpoints.set_aside_damaged()
@@ -175,10 +183,6 @@ def _train(
             f"bring those back, or choose another folder with --run"
         )
 
-    seed, ema_decay = config.training.seed, config.training.ema_decay
-    apply, params = create(
-        config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=seed
-    )
     optimizer = make_optimizer(config.optimizer, total_steps)
     gradient_step = make_gradient_step(
         apply,
@@ -190,9 +194,6 @@ def _train(
         fast_random=config.training.fast_random,
         consistency=config.training.consistency,
     )
-    renewed: list[str] = []
-    if config.training.init_from is not None and not first_step:
-        params, renewed = initial_params(Path(config.training.init_from), params, vocabulary.characters)
     state = TrainState.create(params, optimizer, ema_decay=ema_decay)
     everywhere, shardings = NamedSharding(mesh, PartitionSpec()), shardings_of(state, mesh)
     jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
@@ -233,8 +234,8 @@ def _train(
             )
         if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
             monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
-        if config.training.init_from is not None and not first_step:
-            monitor.message(f"weights from {config.training.init_from}; new: {' '.join(renewed) or 'none'}")
+        if source is not None:
+            monitor.message(f"weights from {source}; new: {' '.join(renewed) or 'none'}")
         for line in set_aside:
             monitor.message(line)
         if first_step:
@@ -248,6 +249,7 @@ def _train(
                 "jaxds2": jaxds2.__version__,
             }
             meta |= {"manifest_digest": digest, "infeasible": report.infeasible, "unreadable": report.unreadable}
+            meta |= {"left_out": list(report.left_out)}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
 
@@ -256,16 +258,18 @@ def _train(
             return stop()
 
         def score_dev(step: int) -> float:
+            begin = time.perf_counter()
             recognizer = Recognizer(config, vocabulary, mesh, eval_step, state.eval_params, step)
             decode = GreedyDecoder(vocabulary)
             scores = evaluate(
                 recognizer, dev, decode, with_loss=True, warm_up=False, progress=progress, should_stop=should_stop
             )
-            report.evaluation(step, scores, vocabulary)
+            report.evaluation(step, scores, vocabulary, took=time.perf_counter() - begin)
             return scores.words.rate
 
         report = StepReport(config, plan, [u.id for u in utterances], monitor, total_steps)
         report.infeasible, report.unreadable = resumed.get("infeasible", 0), resumed.get("unreadable", 0)
+        report.left_out = dict.fromkeys(resumed.get("left_out", ()))
         shapes = shapes_ahead(plan, first_step * batches_per_step, total_steps * batches_per_step)
         compiled = {}
 
@@ -287,7 +291,9 @@ def _train(
                 process=jax.process_index(),
                 processes=jax.process_count(),
             ) as batches:
-                compiled = compile_ahead(config, gradient_step, state.params, mesh, shapes, monitor, should_stop)
+                compiled = compile_ahead(
+                    config, gradient_step, state.params, mesh, shapes, monitor, should_stop, planned=len(plan.buckets)
+                )
                 report.since, report.waited = time.perf_counter(), 0.0
 
                 def gradient(loaded: LoadedBatch) -> tuple[Params, BatchLoss]:
@@ -337,6 +343,7 @@ def _train(
             monitor.message(f"stopped by {by} at step {step} of {total_steps}; the same command resumes")
             return STOPPED
         checkpoints.settle()
+        report.summary()
         board = f"{shlex.quote(sys.executable)} -m tensorboard.main --logdir {shlex.quote(str(run_dir.parent))}"
         monitor.message(f"trained {total_steps} steps: {run_dir}; watch: {board}")
         return FINISHED

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -26,12 +27,13 @@ def read_training_data(
 
     Raises:
       ManifestError, ShardError, TextError: a manifest cannot be used. AudioError: its recordings are not there.
-      ConfigError: none is named, or nothing is left of them.
+      ConfigError: none is named, one is not there, or nothing is left of them.
     """
     if not config.data.train:
         raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
     utterances = []
     for path in config.data.train:
+        _must_exist(path, "data.train")
         found = read_utterances(path)
         if look:
             _look_for(found, path)
@@ -48,6 +50,11 @@ def read_training_data(
         reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
         raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
     return kept, left_out
+
+
+def _must_exist(path: str, field: str) -> None:
+    if not Path(path).exists():
+        raise ConfigError(f"{field}: no manifest {path}; write it with `jaxds2 prepare`, or name another: {field}=FILE")
 
 
 def _look_for(utterances: Sequence[Utterance], path: str) -> None:
@@ -106,10 +113,12 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
 
     Raises:
       ManifestError, ShardError: a bad manifest. AudioError: a recording cannot be opened, or is too short for a frame.
-      TextError: a text outside the alphabet. ConfigError: no utterance has a text.
+      TextError: a text outside the alphabet. ConfigError: it is not there, or no utterance has a
+        text.
     """
     if config.data.dev is None:
         return []
+    _must_exist(config.data.dev, "data.dev")
     utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_utterances(config.data.dev)]
     with Recordings() as recordings:
         for u in utterances:

@@ -41,6 +41,8 @@ class StepReport:
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
+        self.left_out: dict[str, None] = {}
+        """Ids of those that could not be read, which are named once, in the order in which they were found."""
         self.tried = self.failed = 0  # since this process began
         self.since = time.perf_counter()
         self.waited = 0.0
@@ -107,24 +109,34 @@ class StepReport:
         planned_B = self.plan.step(loaded.step).indices_B
         lost = [self.ids[i] for i in planned_B[(planned_B >= 0) & (loss.index_B < 0)]]
         why = dict(line.split(": ", 1) for line in loaded.failures)
-        left_out = [f"{name}: {why.get(name, 'another process names the reason')}" for name in lost]
+        reasons = {name: f"{name}: {why.get(name, 'another process names the reason')}" for name in lost}
+        new = [name for name in lost if name not in self.left_out]
+        self.left_out |= dict.fromkeys(new)
         self.tried += int(np.sum(planned_B >= 0))
         self.failed += len(lost)
         self.unreadable += len(lost)
-        for line in left_out:
-            self.monitor.message(f"step {done}: left out, {line}")
-        if jax.process_index() > 0:
-            for line in loaded.failures:
-                print(f"step {done}: left out, {line}", file=sys.stderr)
+        for name in new:
+            self.monitor.message(f"step {done}: left out, now and whenever it comes up, {reasons[name]}")
+            if jax.process_index() > 0 and name in why:
+                print(f"step {done}: left out, {reasons[name]}", file=sys.stderr)
         if self.failed >= MANY_UNREADABLE and 2 * self.failed > self.tried:
             raise TrainingError(
                 f"step {done}: {self.failed} of {self.tried} utterances since the start could not be read, the last "
-                f"{left_out[-1] if left_out else 'in an earlier step'}; `jaxds2 check` lists them"
+                f"{reasons[lost[-1]] if lost else 'in an earlier step'}; `jaxds2 check` lists them"
             )
         if loss.infeasible_B.any():
             names = [self.ids[i] for i in loss.index_B[loss.infeasible_B]]
             self.infeasible += len(names)
             self.monitor.message(f"step {done}: left out of the loss, label longer than its frames: {' '.join(names)}")
+
+    def summary(self) -> None:
+        """Say how many utterances were left out, and how often."""
+        if self.unreadable:
+            utterances, times = len(self.left_out), self.unreadable
+            self.monitor.message(
+                f"left out: {utterances} utterance{'s' * (utterances != 1)} that could not be read, "
+                f"{times} time{'s' * (times != 1)}; train.log names {'them' if utterances != 1 else 'it'}"
+            )
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
         now = time.perf_counter()
@@ -149,9 +161,9 @@ class StepReport:
         self.samples = self.padded_samples = 0
         self.since, self.waited = now, 0.0
 
-    def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary) -> None:
-        """Report a score on the dev manifest; the time that it took does not count as training."""
-        self.since += scores.wall_seconds
+    def evaluation(self, step: int, scores: Scores, vocabulary: Vocabulary, *, took: float) -> None:
+        """Report a score on the dev manifest; the seconds that it took do not count as training."""
+        self.since += took
         values = {"dev/wer": scores.words.rate, "dev/cer": scores.characters.rate, "dev/loss": scores.loss or 0.0}
         self.monitor.scalars(step, values)
         self.monitor.message(f"step {step}: dev {scores.words.format('WER')}, {scores.characters.format('CER')}")
