@@ -41,3 +41,24 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tones")
     write_tones(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that never stopped; an epoch has more than two and fewer than eight."""
+    return _train(tmp_path_factory.mktemp("whole") / "run", tones)
+
+
+@pytest.fixture(scope="session")
+def learnt(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learnt the tones."""
+    return _train(tmp_path_factory.mktemp("learnt") / "run", tones, steps=250, eval_every=125)
+
+
+def _train(run_dir: Path, tones: Path, **training: int) -> Path:
+    from toy_runs import config
+
+    from jaxds2.training.loop import FINISHED, train
+
+    assert train(config(tones, **training), run_dir, progress=False) == FINISHED
+    return run_dir

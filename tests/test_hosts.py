@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from exactness import differences, recorded
-from test_loop import config, metrics
+from toy_runs import config, metrics
 
 from jaxds2 import hosts
 from jaxds2.config import ConfigError, save_config

@@ -1,4 +1,4 @@
-"""Writes a report.html of many synthetic utterances, to open in a browser: python tests/big_page.py OUT [UTTERANCES].
+"""Writes a report.html of many synthetic utterances, for a browser: python benchmarks/big_page.py OUT [UTTERANCES].
 
 Prints its size and how long it took to build. The page itself says in <html data-drawn-ms data-loaded-ms> after how
 many milliseconds its first rows were drawn and all of it was read:
