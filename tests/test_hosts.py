@@ -68,11 +68,11 @@ def free_address() -> str:
 
 def meeting(processes: int, coming: list[int], timeout_s: float) -> dict[int, str]:
     """What those that come say in the end; nothing where all have met."""
-    address, said = free_address(), {}
+    address, said, peers = free_address(), {}, {}
 
     def come(process: int) -> None:
         try:
-            meet(Cluster(address, processes, process), timeout_s=timeout_s)
+            peers[process] = meet(Cluster(address, processes, process), timeout_s=timeout_s)
             said[process] = ""
         except HostsError as e:
             said[process] = str(e)
@@ -82,6 +82,8 @@ def meeting(processes: int, coming: list[int], timeout_s: float) -> dict[int, st
         thread.start()
     for thread in threads:
         thread.join()
+    for peer in [peer for ends in peers.values() for peer in ends.values()]:
+        peer.close()
     return said
 
 
