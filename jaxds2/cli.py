@@ -358,6 +358,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="EVAL_DIR",
         help="instead: is the difference between two scores of one manifest more than chance?",
     )
+    add_processes(parser)
     parser.set_defaults(call=_eval, usage=parser.format_usage())
 
 
@@ -366,6 +367,15 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.run is None:
         raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
+    if not arguments.logprobs:
+        with _joined(arguments):
+            return _score(arguments)
+    if arguments.coordinator or arguments.processes or arguments.process is not None:
+        raise ConfigError("--logprobs decodes in one process; leave out --coordinator, --processes and --process")
+    return _score(arguments)
+
+
+def _score(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from jaxds2.decoding.decoder import make_decoder
