@@ -139,16 +139,16 @@ def work(arguments: argparse.Namespace) -> int:
     from jaxds2.config import load_config
     from jaxds2.hosts import Cluster, join
 
-    join(Cluster(arguments.coordinator, arguments.processes, arguments.process))
-    if arguments.float64:
-        in_float64()
-    from jaxds2.training.loop import train
+    with join(Cluster(arguments.coordinator, arguments.processes, arguments.process)):
+        if arguments.float64:
+            in_float64()
+        from jaxds2.training.loop import train
 
-    config = load_config(arguments.config, arguments.overrides)
-    arguments.run.mkdir(parents=True, exist_ok=True)
-    path = arguments.run / "draws.jsonl" if arguments.process == 0 else Path(os.devnull)
-    with recorded(config, path), stopped_at(arguments.stop_at, process=arguments.processes - 1):
-        return train(config, arguments.run, progress=False)
+        config = load_config(arguments.config, arguments.overrides)
+        arguments.run.mkdir(parents=True, exist_ok=True)
+        path = arguments.run / "draws.jsonl" if arguments.process == 0 else Path(os.devnull)
+        with recorded(config, path), stopped_at(arguments.stop_at, process=arguments.processes - 1):
+            return train(config, arguments.run, progress=False)
 
 
 def launch(arguments: argparse.Namespace, name: str, processes: int, devices: int, *extra: str) -> Path:

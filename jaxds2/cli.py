@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -230,12 +231,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
     parser.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
     parser.add_argument("--dry-run", action="store_true", help="parameters, shapes, FLOPs and memory; no training")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
-    parser.add_argument("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
-    parser.add_argument(
-        "--join-timeout", type=int, default=300, metavar="SECONDS", help="wait so long for the others (default: 300)"
-    )
+    add_processes(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.set_defaults(call=_train, usage=parser.format_usage())
 
@@ -253,6 +249,24 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxds2.allocator import keep_pages
 
     keep_pages()
+    with _joined(arguments):
+        from jaxds2.training.loop import train as train_run
+
+        return train_run(config, arguments.run or Path("runs") / config.name)
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that several processes may do together."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
+    parser.add_argument("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    parser.add_argument(
+        "--join-timeout", type=int, default=300, metavar="SECONDS", help="wait so long for the others (default: 300)"
+    )
+
+
+def _joined(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """Together with the other processes of a run, where there are any."""
     from jaxds2.hosts import find_cluster, join
 
     cluster = find_cluster(
@@ -261,11 +275,7 @@ def _train(arguments: argparse.Namespace) -> int:
         processes=arguments.processes,
         process=arguments.process,
     )
-    if cluster is not None:
-        join(cluster, timeout_s=arguments.join_timeout)
-    from jaxds2.training.loop import train as train_run
-
-    return train_run(config, arguments.run or Path("runs") / config.name)
+    return nullcontext() if cluster is None else join(cluster, timeout_s=arguments.join_timeout)
 
 
 def add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -372,6 +382,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="EVAL_DIR",
         help="instead: is the difference between two scores of one manifest more than chance?",
     )
+    add_processes(parser)
     parser.set_defaults(call=_eval, usage=parser.format_usage())
 
 
@@ -380,6 +391,15 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.run is None:
         raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
+    if not arguments.logprobs:
+        with _joined(arguments):
+            return _score(arguments)
+    if arguments.coordinator or arguments.processes or arguments.process is not None:
+        raise ConfigError("--logprobs decodes in one process; leave out --coordinator, --processes and --process")
+    return _score(arguments)
+
+
+def _score(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from jaxds2.decoding.decoder import make_decoder

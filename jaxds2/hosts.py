@@ -3,13 +3,16 @@
 With one process everything here answers at once and nothing is sent.
 """
 
+import atexit
 import contextlib
 import hashlib
+import os
 import pickle
 import re
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxds2
 from jaxds2.config import ConfigError
+from jaxds2.lifeline import GRACE, Lifeline
 
 JOIN_TIMEOUT = 300
 """Seconds that processes wait for each other at the start."""
@@ -88,33 +92,66 @@ def _checked(source: str, coordinator: str, processes: str | int, process: str |
     return Cluster(coordinator, int(processes), int(process))
 
 
-def join(cluster: Cluster, *, timeout_s: float = JOIN_TIMEOUT) -> None:
-    """Find the other processes; to be called before anything asks JAX for a device.
+@contextlib.contextmanager
+def join(cluster: Cluster, *, timeout_s: float = JOIN_TIMEOUT) -> Iterator[None]:
+    """Find the other processes; to be entered before anything asks JAX for a device.
+
+    Inside, all end together: the block is left when all have come to its end, and an error in one ends all the others
+    within seconds, each with one line that says which failed and why.
 
     Raises:
-      HostsError: some had not come when the time was over; it names them.
+      HostsError: some had not come when the time was over, and it names them; or another process failed.
     """
     # Where one is missing, jax.distributed waits beyond its timeout, or ends the process with a stack trace.
-    meet(cluster, timeout_s=timeout_s)
-    jax.config.update("jax_enable_preemption_service", False)  # training has signal handlers of its own
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.processes,
-        cluster.process,
-        cluster_detection_method="deactivate",
-        shutdown_timeout_seconds=60,
-    )
+    with Lifeline(cluster.process, meet(cluster, timeout_s=timeout_s)) as lifeline:
+        try:
+            jax.config.update("jax_enable_preemption_service", False)  # training has signal handlers of its own
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.processes,
+                cluster.process,
+                cluster_detection_method="deactivate",
+                shutdown_timeout_seconds=60,
+            )
+            yield
+            failure = lifeline.finish()
+        except BaseException as e:
+            ours = isinstance(e, OSError) or type(e).__module__.startswith("jaxds2.")
+            # When another is gone, a sum over the devices may fail here, with a trace of JAX's about a connection.
+            failure = lifeline.failure(GRACE) if isinstance(e, RuntimeError | ValueError) and not ours else None
+            lifeline.tell(failure or (str(e) if ours else f"{type(e).__name__}: {e}"))
+            code = 2 if isinstance(e, ConfigError) else 130 if isinstance(e, KeyboardInterrupt) else 1
+            _leave_without_waiting(code)
+            if failure is None:
+                raise
+        if failure is not None:
+            _leave_without_waiting(1)
+            raise HostsError(f"{failure}; process {cluster.process} cannot go on alone")
 
 
-def meet(cluster: Cluster, *, timeout_s: float) -> None:
+def _leave_without_waiting(code: int) -> None:
+    """At its exit jax.distributed waits for the others, and ends the process with a stack trace where one is gone."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the last that is registered is called first
+
+
+def meet(cluster: Cluster, *, timeout_s: float) -> dict[int, socket.socket]:
     """Wait until all processes have come to the coordinator's address; they tell process 0 their numbers.
+
+    Returns:
+      The open connections: of process 0 one to each other by its number, of another the one to process 0.
 
     Raises:
       HostsError: some had not come when the time was over; it names them.
     """
     deadline = time.monotonic() + timeout_s
     host, _, port = cluster.coordinator.rpartition(":")
-    absent = (
+    absent, peers = (
         _wait_for_others(cluster, int(port), deadline)
         if cluster.process == 0
         else _report(cluster, host, port, deadline)
@@ -124,10 +161,11 @@ def meet(cluster: Cluster, *, timeout_s: float) -> None:
             f"process {cluster.process} of {cluster.processes}: after {timeout_s:g} s process {', '.join(absent)} had "
             f"not come to {cluster.coordinator}; look at its output, and whether that address is reached from there"
         )
+    return peers
 
 
-def _wait_for_others(cluster: Cluster, port: int, deadline: float) -> list[str]:
-    """Process 0: the numbers of those that do not come."""
+def _wait_for_others(cluster: Cluster, port: int, deadline: float) -> tuple[list[str], dict[int, socket.socket]]:
+    """Process 0: the numbers of those that do not come, and the connections of those that do, if all do."""
     come: dict[str, socket.socket] = {}
     wanted = [str(number) for number in range(1, cluster.processes)]
     with contextlib.ExitStack() as stack:
@@ -138,23 +176,30 @@ def _wait_for_others(cluster: Cluster, port: int, deadline: float) -> list[str]:
                 caller = stack.enter_context(server.accept()[0])
                 caller.settimeout(5)
                 come[caller.recv(64).decode(errors="replace").strip()] = caller
+        server.close()  # whoever hears that all are there finds jax.distributed at this address
         for caller in come.values():
             with contextlib.suppress(OSError):  # it gave up already
                 caller.sendall(f"absent {' '.join(absent)}\n".encode())
-    return absent
+        if absent:
+            return absent, {}
+        # Kept: those of the others. What strangers left open is closed.
+        return [], {int(number): come[number].dup() for number in wanted}
 
 
-def _report(cluster: Cluster, host: str, port: str, deadline: float) -> list[str]:
-    """Another process: the numbers of those that do not come, by the word of process 0."""
+def _report(cluster: Cluster, host: str, port: str, deadline: float) -> tuple[list[str], dict[int, socket.socket]]:
+    """Another process: the numbers of those that do not come, by the word of process 0; or the connection to it."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=left) as caller:
             caller.sendall(f"{cluster.process}\n".encode())
             caller.settimeout(left + 5)  # process 0 answers when its own time is over
-            answer = caller.makefile(encoding="utf-8").readline().split()
-            if answer[:1] == ["absent"]:
-                return answer[1:]
+            answer = b""
+            while not answer.endswith(b"\n") and (more := caller.recv(1)):  # what follows is the lifeline's
+                answer += more
+            if answer.startswith(b"absent"):
+                absent = answer.decode().split()[1:]
+                return absent, {} if absent else {0: caller.dup()}
         time.sleep(0.2)
-    return ["0"]
+    return ["0"], {}
 
 
 def gather(record: Any) -> list[Any]:

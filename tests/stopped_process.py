@@ -19,13 +19,13 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     arguments = parser.parse_args()
-    join(Cluster(arguments.coordinator, arguments.processes, arguments.process), timeout_s=120)
-    config = read_config(arguments.config)
-    arguments.run.mkdir(exist_ok=True)
-    placement.MIN_SPLIT = 64  # so that even this model is split
-    draws = arguments.run / ("draws.jsonl" if arguments.process == 0 else "draws-of-another.jsonl")
-    with recorded(config, draws), stopped_at(3, process=arguments.processes - 1):
-        code = train(config, arguments.run, progress=False)
-    with Checkpoints(arguments.run / "checkpoints") as checkpoints:
-        print(f"left at step {checkpoints.last()} with {code}", flush=True)
+    with join(Cluster(arguments.coordinator, arguments.processes, arguments.process), timeout_s=120):
+        config = read_config(arguments.config)
+        arguments.run.mkdir(exist_ok=True)
+        placement.MIN_SPLIT = 64  # so that even this model is split
+        draws = arguments.run / ("draws.jsonl" if arguments.process == 0 else "draws-of-another.jsonl")
+        with recorded(config, draws), stopped_at(3, process=arguments.processes - 1):
+            code = train(config, arguments.run, progress=False)
+        with Checkpoints(arguments.run / "checkpoints") as checkpoints:
+            print(f"left at step {checkpoints.last()} with {code}", flush=True)
     raise SystemExit(code)

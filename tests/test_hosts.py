@@ -1,5 +1,6 @@
 """Several processes: how they find each other, what they must agree on, and that together they train the same model."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,12 +8,15 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exactness import differences, recorded
 from toy_runs import config, metrics
 
-from jaxds2 import hosts
+from jaxds2 import cli, hosts
 from jaxds2.config import ConfigError, save_config
+from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.evaluation.logprobs import read_log_probs
 from jaxds2.hosts import Cluster, HostsError, agree, find_cluster, meet
 from jaxds2.training.checkpoint import Checkpoints
 from jaxds2.training.loop import FINISHED, STOPPED, train
@@ -68,11 +72,11 @@ def free_address() -> str:
 
 def meeting(processes: int, coming: list[int], timeout_s: float) -> dict[int, str]:
     """What those that come say in the end; nothing where all have met."""
-    address, said = free_address(), {}
+    address, said, peers = free_address(), {}, {}
 
     def come(process: int) -> None:
         try:
-            meet(Cluster(address, processes, process), timeout_s=timeout_s)
+            peers[process] = meet(Cluster(address, processes, process), timeout_s=timeout_s)
             said[process] = ""
         except HostsError as e:
             said[process] = str(e)
@@ -82,6 +86,8 @@ def meeting(processes: int, coming: list[int], timeout_s: float) -> dict[int, st
         thread.start()
     for thread in threads:
         thread.join()
+    for peer in [peer for ends in peers.values() for peer in ends.values()]:
+        peer.close()
     return said
 
 
@@ -172,3 +178,30 @@ def test_two_accumulated_batches_a_step_are_the_batches_of_two_steps(tones, one,
         assert train(run_config, run, progress=False) == FINISHED
     assert (run / "draws.jsonl").read_text() == (one / "draws.jsonl").read_text()
     assert max(metrics(run)) == 3
+
+
+def test_a_score_by_two_processes_is_that_of_one(tones, one, tmp_path):
+    """An odd number of utterances, so that a row is filler; each once, and every file as one process writes it."""
+    utterances = [*read_manifest(tones / "dev.jsonl"), read_manifest(tones / "train.jsonl")[0]]
+    write_manifest(tmp_path / "odd.jsonl", utterances)
+    arguments = ["--run", str(one), "--manifest", str(tmp_path / "odd.jsonl"), "--nbest", "1", "--save-logprobs"]
+    assert cli.evaluate([*arguments, "--name", "alone"]) == 0
+    command = [sys.executable, "launch/local.py", "--processes", "2", "--cpu-devices", "1", "--"]
+    command += [sys.executable, "eval.py", *arguments, "--name", "together"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("%WER") == 1
+    alone, together = one / "eval/alone", one / "eval/together"
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (alone, together)]
+    for report in reports:
+        assert report.pop("rtfx") > 0
+    assert reports[1] == reports[0]
+    assert reports[1]["utterances"] == 7
+    assert reports[1]["words"] == sum(len(u.text.split()) for u in utterances)
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+    for name in ("utterances.jsonl", "recogs.txt", "errs.txt", "hyp.trn", "hyp.ctm"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+    kept = [read_log_probs(folder) for folder in (alone, together)]
+    assert kept[1].ids == kept[0].ids
+    for a, b in zip(kept[0].log_probs, kept[1].log_probs, strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-3)

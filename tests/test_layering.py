@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxds2"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
-    ("config", "text", "audio", "files", "allocator", "compiler", "model.cell", "model.stored"),
+    ("config", "text", "audio", "files", "allocator", "compiler", "lifeline", "model.cell", "model.stored"),
     (
         "features",
         "augment",

@@ -213,12 +213,15 @@ def _scores(
         raise EvaluationError(f"{len(found)} of {len(utterances)} utterances were decoded: a fault of the plan")
     hypotheses = [found[i] for i in range(len(utterances))]
     texts = [best.text for best, *_ in hypotheses]
+    words, spoken = count_word_edits(refs, texts), sum(len(ref.split()) for ref in refs)
+    if words.reference != spoken:
+        raise EvaluationError(f"{words.reference} of {spoken} words of the references were counted: a fault of ours")
     return Scores(
         ids=[u.id for u in utterances],
         refs=refs,
         hyps=texts,
         hypotheses=hypotheses,
-        words=count_word_edits(refs, texts),
+        words=words,
         characters=count_character_edits(refs, texts),
         loss=None,
         infeasible=[],

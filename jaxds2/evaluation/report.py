@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxds2 import hosts
 from jaxds2.config import Config
 from jaxds2.data.manifest import Utterance, manifest_path
 from jaxds2.data.shards import read_utterances
@@ -59,6 +61,8 @@ def score_run(
 ) -> dict[str, Any]:
     """Score a recognizer on a manifest, write the report, print WER, CER and speed.
 
+    Of several processes all call this, each decodes its part, and the first writes and prints.
+
     Args:
       recognizer: the model and its weights.
       manifest: what to score it on; a folder of shards too.
@@ -72,11 +76,11 @@ def score_run(
       save_log_probs: keep the log-probabilities in the folder too, for `score_log_probs`.
 
     Returns:
-      The content of report.json.
+      The content of report.json; nothing in the processes that write none.
 
     Raises:
       ManifestError, ShardError: a bad manifest. EvaluationError: a recording that cannot be scored.
-      WriteError: as write_report.
+      HostsError: the processes were started on different things. WriteError: as write_report.
     """
     scored = _Scored.read(manifest, recognizer.config, recognizer.vocabulary, page=page)
     if line := replaced(folder, decoder.settings, recognizer.step):
@@ -88,7 +92,22 @@ def score_run(
         if save_log_probs:
             log_probs[index] = log_probs_UV
 
-    scores = evaluate(recognizer, scored.utterances, decoder, pool=pool, keep=keep)
+    first = jax.process_index() == 0
+    facts = {"code": hosts.code_version(), "jax": jax.__version__, "step of the checkpoint": recognizer.step}
+    facts |= {
+        "digest of the manifest": scored.digest,
+        "decoder": decoder.settings,
+        "html": page,
+        "kept": save_log_probs,
+    }
+    hosts.agree(facts)
+    scores = evaluate(recognizer, scored.utterances, decoder, pool=pool, progress=first, keep=keep)
+    for others in hosts.gather(log_probs):
+        log_probs.update(others)
+    for others in hosts.gather(scored.posteriors or {}):
+        (scored.posteriors or {}).update(others)
+    if not first:
+        return {}
     if save_log_probs:
         saved = LogProbs(
             ids=tuple(scores.ids),

@@ -1,6 +1,7 @@
 """A trained model, ready to turn recordings into log-probabilities."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ class Recognizer:
         vocabulary = Vocabulary(config.data.characters)
         if config.training.precision == "bfloat16":  # this machine's devices may not compute in it
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="auto"))
-        mesh = data_mesh(None, rows_multiple=config.data.rows_multiple)
+        # Its batches are planned anew, so any number of processes can share them.
+        mesh = data_mesh(None, rows_multiple=math.lcm(config.data.rows_multiple, jax.process_count()))
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
         options = compiler_options(mesh.devices.flat[0].platform)
         eval_step = make_eval_step(apply, config.features, mesh=mesh)

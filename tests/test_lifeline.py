@@ -1,0 +1,102 @@
+"""The lines between the processes of a run: who has failed, and why, and that all end."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from jaxds2.lifeline import Lifeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines(processes: int) -> list[Lifeline]:
+    """The ends of each, of connections that are open."""
+    peers: list[dict[int, socket.socket]] = [{} for _ in range(processes)]
+    with socket.create_server(("localhost", 0)) as server:
+        for number in range(1, processes):
+            peers[number][0] = socket.create_connection(server.getsockname())
+            peers[0][number] = server.accept()[0]
+    return [Lifeline(number, ends, grace_s=60) for number, ends in enumerate(peers)]
+
+
+def test_all_hear_which_process_failed_and_why():
+    zero, one, two = lines(3)
+    with zero, one, two:
+        assert zero.failure() is None
+        one.tell("the disk\nis gone")
+        assert zero.failure(30) == two.failure(30) == "process 1 failed: the disk is gone"
+
+
+def test_a_process_that_is_gone_without_a_word_is_named():
+    zero, one, two = lines(3)
+    with zero, one:
+        with two:
+            pass
+        assert (one.failure(30) or "").startswith("process 2 failed: killed, out of memory, or")
+
+
+def test_nobody_is_done_before_all_are():
+    ends, found = lines(3), {}
+    with ends[0], ends[1], ends[2]:
+        threads = [threading.Thread(target=lambda n=n: found.update({n: ends[n].finish()})) for n in (0, 2)]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.2)
+        assert not found
+        assert ends[1].finish() is None
+        for thread in threads:
+            thread.join()
+        assert found == {0: None, 2: None}
+
+
+def test_a_failure_is_heard_by_those_that_are_at_their_end():
+    zero, one = lines(2)
+    with zero, one:
+        heard = threading.Thread(target=zero.tell, args=("late",))
+        heard.start()
+        assert one.finish() == "process 0 failed: late"
+        one.__exit__()
+        heard.join()
+
+
+def test_a_process_that_still_waits_after_the_grace_is_ended():
+    program = (
+        "import socket, time; from jaxds2.lifeline import Lifeline\n"
+        "s = socket.create_server(('localhost', 0)); a = socket.create_connection(s.getsockname()); b = s.accept()[0]\n"
+    )
+    program += "with Lifeline(0, {1: a}, grace_s=0.1): b.sendall(b'failed 1 no disk\\n'); time.sleep(9999)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: process 1 failed: no disk; process 0 cannot go on alone\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "fails", "code", "says"),
+    [
+        ("error", 1, 1, "[0] error: process 1 failed: the disk of this host is gone; process 0 cannot go on alone"),
+        ("error", 0, 1, "[1] error: process 0 failed: the disk of this host is gone; process 1 cannot go on alone"),
+        ("kill", 1, 137, "[0] error: process 1 failed: killed, out of memory, or its host or network is down"),
+    ],
+)
+def test_when_one_process_fails_the_others_end_with_a_line_that_names_it(how, fails, code, says):
+    command = [sys.executable, "launch/local.py", "--processes", "2", "--cpu-devices", "1", "--grace", "100", "--"]
+    done = subprocess.run(
+        [*command, sys.executable, "tests/failing_process.py", how, str(fails)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=90,  # the launcher would end the others after 100
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert says in done.stdout
+    assert done.stdout.count("error: ") == (1 if how == "kill" else 2)
+    assert "Traceback" not in done.stdout
