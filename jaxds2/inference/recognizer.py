@@ -129,5 +129,8 @@ class Recognizer:
             processes=jax.process_count(),
         ) as batches:
             for loaded in batches:
-                output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield loaded.batch, own_rows(output), loaded.failures
+                yield loaded.batch, self.emit(loaded.batch), loaded.failures
+
+    def emit(self, batch: Batch) -> EvalOutput:
+        """The model's output for this process' rows of a batch, on the host."""
+        return own_rows(self.eval_step(self.params, place(batch, self.mesh)))
