@@ -7,6 +7,7 @@ returns the part that is left of a truncated file without an error.
 import io
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,6 +22,8 @@ MAX_DURATION = 4 * 3600.0
 MAX_DECODED_SAMPLES = 2**30
 """Samples over all channels that a file may announce: 3.1 hours of 48 kHz stereo. Silence in FLAC is some 3,000 times
 smaller than its samples, so the size of a file says nothing about the memory that it takes."""
+MAX_STREAMED_DURATION = 24 * 3600.0
+"""Seconds that a file may announce that is read block by block, with any number of channels."""
 SAMPLE_RATES = (1_000, 1_000_000)
 """Lowest and highest sampling rate in Hz that can be real; outside it the header is damaged."""
 LOSSY_TOLERANCE = 0.1
@@ -35,6 +38,7 @@ _QUALITY = "HQ"
 # change_speed of 16 s at 16 kHz, CPU milliseconds: QQ 1.9, LQ 2.6, MQ 2.7, HQ 2.9, VHQ 3.8; reading the same utterance
 # takes 5.6 from FLAC and 32 from Opus. A lower quality would save nothing that anyone notices, and would cut the band.
 _BLOCK_SAMPLES = 2**22
+_STREAMED_SAMPLES = 2**19
 # libsndfile's log on a file that ends before its data chunk does: WAV, AIFF, AU, W64, RF64.
 _CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: *(\d+) \(should be (\d+)\)", re.MULTILINE)
 # A WAV that was written into a pipe announces about 2 or 4 GiB, since its writer could not go back to fill in the size.
@@ -81,14 +85,21 @@ class AudioInfo:
     """Seconds."""
 
 
-def probe_audio(audio: str | Path | EncodedAudio, *, max_duration: float = MAX_DURATION) -> AudioInfo:
+def probe_audio(
+    audio: str | Path | EncodedAudio, *, max_duration: float = MAX_DURATION, streamed: bool = False
+) -> AudioInfo:
     """Read the header of an audio file; nothing is decoded.
+
+    Args:
+      audio: as for `read_audio`.
+      max_duration: seconds.
+      streamed: it is for `read_blocks`, which takes any number of samples that last `MAX_STREAMED_DURATION`.
 
     Raises:
       AudioError: no such file, not audio, no samples, cut short (as far as the headers show), or larger than
         `max_duration` seconds or `MAX_DECODED_SAMPLES`.
     """
-    with _open(_source(audio), max_duration) as file:
+    with _open(_source(audio), MAX_STREAMED_DURATION if streamed else max_duration, streamed=streamed) as file:
         return AudioInfo(file.samplerate, file.channels, file.frames, file.frames / file.samplerate)
 
 
@@ -117,12 +128,51 @@ def read_audio(
     source = _source(audio)
     with _open(source, max_duration) as file:
         rate = file.samplerate
-        mono_S = _decode_mono(source, file)
+        mono_S = np.empty(file.frames, np.float32)
+        decoded = 0
+        for block_S in _decode(source, file, _BLOCK_SAMPLES):
+            mono_S[decoded : decoded + len(block_S)] = block_S
+            decoded += len(block_S)
+        mono_S = mono_S[:decoded]
     if rate != sample_rate:
-        mono_S = _resample(mono_S, rate, sample_rate, (2 * len(mono_S) * sample_rate + rate) // (2 * rate))
+        mono_S = _resample(mono_S, rate, sample_rate, _num_resampled(len(mono_S), rate, sample_rate))
     if not len(mono_S):
         raise EmptyAudioError(f"{audio}: too short: not one sample at {sample_rate} Hz")
     return _to_int16(mono_S)
+
+
+def read_blocks(audio: str | Path | EncodedAudio, *, sample_rate: int = 16_000) -> Iterator[np.ndarray]:
+    """Decode an audio file of up to `MAX_STREAMED_DURATION` piece by piece; joined, they are `read_audio`'s waveform.
+
+    Args:
+      audio, sample_rate: as for `read_audio`.
+
+    Yields:
+      int16 (S,), each of about `_STREAMED_SAMPLES` samples of the file; S may be 0.
+
+    Raises:
+      AudioError: as `read_audio`; what is damaged or missing is found where it is reached.
+    """
+    import soxr
+
+    source = _source(audio)
+    with _open(source, MAX_STREAMED_DURATION, streamed=True) as file:
+        rate = file.samplerate
+        stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality=_QUALITY)
+        decoded = given = 0
+        for block_S in _decode(source, file, _STREAMED_SAMPLES):
+            decoded += len(block_S)
+            if rate != sample_rate:
+                block_S = stream.resample_chunk(block_S)[: _num_resampled(decoded, rate, sample_rate) - given]
+            given += len(block_S)
+            yield _to_int16(block_S)
+    if rate != sample_rate:
+        left = _num_resampled(decoded, rate, sample_rate) - given
+        tail_S = stream.resample_chunk(np.zeros(0, np.float32), last=True)[:left]
+        given += left
+        yield _to_int16(np.pad(tail_S, (0, left - len(tail_S))))
+    if not given:
+        raise EmptyAudioError(f"{audio}: too short: not one sample at {sample_rate} Hz")
 
 
 def change_speed(waveform_S: np.ndarray, speed: float) -> np.ndarray:
@@ -147,7 +197,7 @@ def _source(audio: str | Path | EncodedAudio) -> Path | EncodedAudio:
     return audio if isinstance(audio, EncodedAudio) else Path(audio)
 
 
-def _open(source: Path | EncodedAudio, max_duration: float) -> "soundfile.SoundFile":
+def _open(source: Path | EncodedAudio, max_duration: float, *, streamed: bool = False) -> "soundfile.SoundFile":
     import soundfile
 
     _check_bytes(source)
@@ -158,7 +208,7 @@ def _open(source: Path | EncodedAudio, max_duration: float) -> "soundfile.SoundF
             f"{source}: not an audio file that libsndfile reads ({_reason(e)}); convert it to FLAC or WAV"
         ) from None
     try:
-        _check_header(source, file, max_duration)
+        _check_header(source, file, max_duration, streamed)
     except AudioError:
         file.close()
         raise
@@ -229,7 +279,9 @@ def _last_ogg_page_is_whole(f: BinaryIO) -> bool:
     return len(table) == page[26] and len(page) >= _OGG_HEADER_BYTES + len(table) + sum(table)
 
 
-def _check_header(source: Path | EncodedAudio, file: "soundfile.SoundFile", max_duration: float) -> None:
+def _check_header(
+    source: Path | EncodedAudio, file: "soundfile.SoundFile", max_duration: float, streamed: bool
+) -> None:
     rate, channels, frames = file.samplerate, file.channels, file.frames
     if frames <= 0:
         raise EmptyAudioError(f"{source}: holds no samples; fetch or record it again")
@@ -240,10 +292,11 @@ def _check_header(source: Path | EncodedAudio, file: "soundfile.SoundFile", max_
         )
     if frames >= 2**62:  # libsndfile's SF_COUNT_MAX
         raise AudioError(f"{source}: the header does not say how long it is; convert it to a file that does")
-    if frames / rate > max_duration or frames * channels > MAX_DECODED_SAMPLES:
+    if frames / rate > max_duration or (frames * channels > MAX_DECODED_SAMPLES and not streamed):
+        most = "" if streamed else f" and {MAX_DECODED_SAMPLES} samples over all channels"
         raise AudioError(
             f"{source}: the header announces {frames / rate:.1f} s ({frames} samples, channels: {channels}), at most "
-            f"{max_duration:g} s and {MAX_DECODED_SAMPLES} samples over all channels are read: cut it into pieces"
+            f"{max_duration:g} s{most} are read: cut it into pieces"
         )
     for declared, present in _CUT_SHORT.findall(file.extra_info):
         # One byte is the padding of an odd chunk.
@@ -253,22 +306,21 @@ def _check_header(source: Path | EncodedAudio, file: "soundfile.SoundFile", max_
             )
 
 
-def _decode_mono(source: Path | EncodedAudio, file: "soundfile.SoundFile") -> np.ndarray:
+def _decode(source: Path | EncodedAudio, file: "soundfile.SoundFile", block_samples: int) -> Iterator[np.ndarray]:
     """float32, full scale 1, block by block so that many channels never stand in memory at once."""
     import soundfile
 
     announced = file.frames
-    mono_S = np.empty(announced, np.float32)
     decoded = 0
     try:
         while decoded < announced:
-            block_SC = file.read(max(1, _BLOCK_SAMPLES // file.channels), dtype="float32", always_2d=True)
+            block_SC = file.read(max(1, block_samples // file.channels), dtype="float32", always_2d=True)
             if not len(block_SC):
                 break
+            block_SC = block_SC[: announced - decoded]
             _check_amplitude(source, block_SC, decoded)
-            block_S = block_SC[:, 0] if file.channels == 1 else block_SC.mean(axis=1)
-            mono_S[decoded : decoded + len(block_S)] = block_S
-            decoded += len(block_S)
+            decoded += len(block_SC)
+            yield block_SC[:, 0] if file.channels == 1 else block_SC.mean(axis=1)
     except soundfile.SoundFileError as e:
         where = f"after {decoded} of {announced} samples"
         raise AudioError(f"{source}: damaged or truncated {where} ({_reason(e)}); fetch it again") from None
@@ -279,7 +331,6 @@ def _decode_mono(source: Path | EncodedAudio, file: "soundfile.SoundFile") -> np
         raise AudioError(
             f"{source}: truncated: the header announces {announced} samples, {decoded} could be decoded; fetch it again"
         )
-    return mono_S[:decoded]
 
 
 def _check_amplitude(source: Path | EncodedAudio, block_SC: np.ndarray, first_sample: int) -> None:
@@ -291,6 +342,11 @@ def _check_amplitude(source: Path | EncodedAudio, block_SC: np.ndarray, first_sa
         f"{source}: sample {first_sample + sample} is {value}, expected a number from -1 to 1; "
         f"export it again, as 16-bit PCM"
     )
+
+
+def _num_resampled(num_in: int, rate_in: int, rate_out: int) -> int:
+    """Samples at another rate, rounded half up."""
+    return (2 * num_in * rate_out + rate_in) // (2 * rate_in)
 
 
 def _resample(x_S: np.ndarray, rate_in: float, rate_out: float, num_out: int) -> np.ndarray:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 FAILURE, WRONG_USE = 1, 2
 
 MAX_SHARD_MB = 100_000
+MIN_PAUSE, MAX_PAUSE = 0.2, 5.0
 
 CORPORA = ("demo", "an4", "librispeech", "mini-librispeech", "common-voice", "ljspeech")
+TRANSCRIPT_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 LANGUAGE_MODELS = ("librispeech-3gram-pruned", "librispeech-3gram", "librispeech-4gram")
 
 
@@ -627,24 +629,55 @@ def _align(arguments: argparse.Namespace) -> int:
 def add_transcribe(parser: argparse.ArgumentParser) -> None:
     """`jaxds2 transcribe`."""
     add_decoder(parser)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, folders of them, or - (stdin)")
+    parser.add_argument(
+        "--format", choices=(*TRANSCRIPT_FORMATS, "all"), default="txt", help="default: txt; all needs --out"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for a file a recording (default: standard output)"
+    )
+    parser.add_argument("--word-times", action="store_true", help="times of each word; srt, vtt: a cue a word")
+    parser.add_argument(
+        "--pause", type=float, metavar="SECONDS", help="of silence, cuts a file over 30 s (default: 0.5; 0.2 to 5)"
+    )
     parser.set_defaults(call=_transcribe, usage=parser.format_usage())
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
-    from jaxds2.decoding.decoder import make_decoder
-    from jaxds2.inference.recognizer import Recognizer
-    from jaxds2.inference.transcribe import transcribe
+    from jaxds2.inference.recordings import check_names, find_recordings
 
-    recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
-    decoder = make_decoder(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary)
-    transcripts = transcribe(recognizer, arguments.files, decoder)
-    for t in transcripts:
-        if t.error is not None:
-            print(f"error: {t.error}", file=sys.stderr)
-        else:
-            print(f"{t.path}: {t.text}" if len(arguments.files) > 1 else t.text)
-    return FAILURE if any(t.error is not None for t in transcripts) else 0
+    every = arguments.format == "all"
+    if every and arguments.out is None:
+        raise ConfigError(f"--format all writes {len(TRANSCRIPT_FORMATS)} files a recording; say where with --out DIR")
+    if arguments.pause is not None and not MIN_PAUSE <= arguments.pause <= MAX_PAUSE:
+        raise ConfigError(f"--pause {arguments.pause:g}: expected seconds, {MIN_PAUSE:g} to {MAX_PAUSE:g}")
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out}: not a folder")
+    read_config(arguments.run / "config.json")  # is it a run? Before a long search
+    with find_recordings(arguments.files, sys.stdin) as (recordings, faults):
+        if arguments.out is not None:
+            check_names(recordings)
+        elif len(recordings) > 1 and arguments.format not in ("txt", "json"):
+            raise ConfigError(
+                f"--format {arguments.format} of {len(recordings)} recordings: write them to files with --out DIR"
+            )
+        from jaxds2.decoding.decoder import make_decoder
+        from jaxds2.inference.recognizer import Recognizer
+        from jaxds2.inference.transcribe import transcribe_run
+        from jaxds2.inference.windows import PAUSE_SECONDS
+
+        recognizer = Recognizer.load(arguments.run, _checkpoint(arguments.checkpoint))
+        failed = transcribe_run(
+            recognizer,
+            recordings,
+            make_decoder(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary),
+            forms=TRANSCRIPT_FORMATS if every else (arguments.format,),
+            word_times=arguments.word_times,
+            folder=arguments.out,
+            pause=PAUSE_SECONDS if arguments.pause is None else arguments.pause,
+            faults=faults,
+        )
+    return FAILURE if failed else 0
 
 
 def add_digest(parser: argparse.ArgumentParser) -> None:

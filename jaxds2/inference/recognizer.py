@@ -139,5 +139,8 @@ class Recognizer:
             for number, loaded in enumerate(batches):
                 if number == 0:
                     on_first()
-                output = self.eval_step(self.params, place(loaded.batch, self.mesh))
-                yield loaded.batch, own_rows(output), loaded.failures
+                yield loaded.batch, self.emit(loaded.batch), loaded.failures
+
+    def emit(self, batch: Batch) -> EvalOutput:
+        """The model's output for this process' rows of a batch, on the host."""
+        return own_rows(self.eval_step(self.params, place(batch, self.mesh)))
