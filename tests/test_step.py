@@ -53,28 +53,40 @@ def setup(
     fast_random=False,
     consistency=0.0,
 ):
-    apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
+    """The state before the first step, and a step: two programs, as in training, of which the first takes long to
+    compile and is shared."""
+    params, gradient_step = gradient(
+        model=model, dtype=dtype, devices=devices, ctc=ctc, fast_random=fast_random, consistency=consistency
+    )
     tx = make_optimizer(optimizer, total_steps)
     state = TrainState.create(params, tx, ema_decay=ema_decay)
-    mesh = data_mesh(devices, rows_multiple=4)
-    gradient_step = make_gradient_step(
-        apply, FEATURES, AUGMENT, mesh=mesh, seed=0, ctc=ctc, fast_random=fast_random, consistency=consistency
-    )
-    update_step = make_update_step(tx, ema_decay=ema_decay)
+    update_step = jax.jit(make_update_step(tx, ema_decay=ema_decay))
 
     def step(state, batch):
         grads, loss = gradient_step(state.params, batch)
         return update_step(state, grads, loss.mean)
 
-    return state, jax.jit(step)
+    return state, step
 
 
 @functools.cache
-def gradient(*, consistency=0.0, augment=AUGMENT, model=MODEL):
+def gradient(
+    *,
+    model=MODEL,
+    dtype=jnp.float32,
+    devices=1,
+    ctc: Implementation = "optax",
+    fast_random=False,
+    consistency=0.0,
+    augment=AUGMENT,
+):
     """Parameters, and the first half of a step."""
-    apply, params = create(FEATURES.n_mels, V, model, dtype=jnp.float32)
-    mesh = data_mesh(1, rows_multiple=4)
-    return params, jax.jit(make_gradient_step(apply, FEATURES, augment, mesh=mesh, seed=0, consistency=consistency))
+    apply, params = create(FEATURES.n_mels, V, model, dtype=dtype)
+    mesh = data_mesh(devices, rows_multiple=4)
+    gradient_step = make_gradient_step(
+        apply, FEATURES, augment, mesh=mesh, seed=0, ctc=ctc, fast_random=fast_random, consistency=consistency
+    )
+    return params, jax.jit(gradient_step)
 
 
 def run(state, step, steps=5, dtype_promotion="strict", **kwargs):
@@ -234,20 +246,13 @@ LOSSES = [("optax", 0.0), ("fused", 0.0), ("optax", 0.2)]
 """Form of CTC, and weight of the consistency of two views."""
 
 
-@functools.cache
-def compiled(devices: int, ctc: Implementation = "optax", consistency: float = 0.0):
-    """The mesh, the state before the first step, and the step compiled for so many devices."""
-    mesh = data_mesh(devices, rows_multiple=4)
-    state, step = setup(devices=devices, ctc=ctc, consistency=consistency)
-    state = replicate(state, mesh)
-    return mesh, state, step.lower(state, place(batch(), mesh)).compile()
-
-
 @pytest.mark.parametrize(("ctc", "consistency"), LOSSES)
 def test_two_devices_and_one_lose_the_same_over_fifty_steps(ctc, consistency):
     losses = {}
     for devices in (1, 2):
-        mesh, state, step = compiled(devices, ctc, consistency)
+        mesh = data_mesh(devices, rows_multiple=4)
+        state, step = setup(devices=devices, ctc=ctc, consistency=consistency)
+        state = replicate(state, mesh)
         losses[devices] = []
         for s in range(50):
             state, metrics = step(state, place(batch(seed=s), mesh))
@@ -273,7 +278,11 @@ def test_two_devices_and_one_draw_the_same():
 
 @pytest.mark.parametrize(("ctc", "consistency"), LOSSES)
 def test_the_compiled_step_reduces_gradients_over_devices(ctc, consistency):
-    programs = {devices: str(compiled(devices, ctc, consistency)[2].as_text()) for devices in (1, 2)}
+    programs = {}
+    for devices in (1, 2):
+        mesh = data_mesh(devices, rows_multiple=4)
+        params, step = gradient(devices=devices, ctc=ctc, consistency=consistency)
+        programs[devices] = str(step.lower(replicate(params, mesh), place(batch(), mesh)).compile().as_text())
     assert "all-reduce" in programs[2]
     assert "all-gather" not in programs[2]  # each device works on its own rows, the FFT included
     assert "all-reduce" not in programs[1]
@@ -318,7 +327,7 @@ def test_consistent_views_cost_their_mean_loss_and_how_far_they_are_apart():
     np.testing.assert_allclose(same.mean.loss, one.mean.loss, rtol=1e-6)
     for name, value in grads.items():
         np.testing.assert_allclose(grads_twice[name], value, atol=1e-5 * float(jnp.abs(value).max()), err_msg=name)
-    little, much = (float(loss(AUGMENT, weight)[1].mean.loss) for weight in (1.0, 2.0))
+    little, much = (float(loss(AUGMENT, weight)[1].mean.loss) for weight in (0.2, 2.0))
     assert little < much
 
 
@@ -350,7 +359,7 @@ def parts_of(whole: Batch, sizes: list[int]) -> list[Batch]:
     ]
 
 
-@pytest.mark.parametrize("sizes", [[4, 4], [1, 5, 2], [2, 2, 2, 2]])
+@pytest.mark.parametrize("sizes", [[4, 4], [2, 4, 2], [2, 2, 2, 2]])
 def test_accumulated_batches_are_one_batch_of_their_union(sizes):
     """However many labels each has, and one of them none that fits: the mean of all labels, not of the batches."""
     params, gradient_step = gradient()
