@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -375,13 +376,15 @@ def _espeak_paths() -> tuple[Path, Path]:
     except ImportError:
         raise SpokenError(
             f"the demo corpus is spoken by espeak-ng, which is not installed: "
-            f"{sys.executable} -m pip install espeakng-loader"
+            f"{shlex.quote(sys.executable)} -m pip install espeakng-loader"
         ) from None
     package = Path(espeakng_loader.get_library_path()).parent
     library, data = Path(espeakng_loader.get_library_path()), package / "espeak-ng-data"
     for path in (library, data):
         if not path.exists():
-            raise SpokenError(f"{path} is missing; {sys.executable} -m pip install --force-reinstall espeakng-loader")
+            raise SpokenError(
+                f"{path} is missing; {shlex.quote(sys.executable)} -m pip install --force-reinstall espeakng-loader"
+            )
     return library, data
 
 
@@ -499,7 +502,7 @@ class _Espeak:
         if self.sample_rate <= 0:
             raise SpokenError(
                 f"espeak-ng cannot use its data in {data}; "
-                f"{sys.executable} -m pip install --force-reinstall espeakng-loader"
+                f"{shlex.quote(sys.executable)} -m pip install --force-reinstall espeakng-loader"
             )
         self._lib.espeak_ng_SetRandSeed(_ESPEAK_SEED)
         self._pieces: list[np.ndarray] = []

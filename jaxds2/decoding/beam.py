@@ -6,6 +6,7 @@ A text scores log P_CTC + alpha log P_LM + beta (number of words), summed over t
 
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from jaxds2.text import Vocabulary
 if TYPE_CHECKING:
     from pyctcdecode.language_model import HotwordScorer, LanguageModel
 
-INSTALL = f"{sys.executable} -m pip install --no-deps pyctcdecode==0.5.0 pygtrie"
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install --no-deps pyctcdecode==0.5.0 pygtrie"
 
 UNKNOWN_OFFSET = -10.0
 """Added to log10 P_LM of a word that the language model does not know."""

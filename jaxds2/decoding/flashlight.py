@@ -5,6 +5,7 @@ scores the maximum over its alignments, not their sum: log P_path + alpha log P_
 """
 
 import math
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxds2.decoding.lm import WordModel, silence
 from jaxds2.decoding.settings import BeamSettings
 from jaxds2.text import BLANK_ID, Vocabulary
 
-INSTALL = f"{sys.executable} -m pip install flashlight-text==0.0.7"
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install flashlight-text==0.0.7"
 
 _NEVER = -1e4  # of a class that is not tried; not -inf, whose differences are no numbers
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 MIN_ORDER, MAX_ORDER = 2, 6
 """What KenLM as it is packaged reads."""
 
-INSTALL = f"{sys.executable} -m pip install kaldingram kenlm-ex"
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install kaldingram kenlm-ex"
 
 _BINARY_MAGIC = b"mmap lm http://kheafield.com/code"
 _MARKS = frozenset(("<s>", "</s>", "<unk>"))

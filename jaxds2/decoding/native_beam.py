@@ -1,5 +1,6 @@
 """The search of beam.py in C++: ctc-beam-decoder, which takes pyctcdecode's settings and finds its texts."""
 
+import shlex
 import sys
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +14,7 @@ from jaxds2.decoding.lm import WordModel, silence
 from jaxds2.decoding.settings import BeamSettings
 from jaxds2.text import BLANK_ID, Vocabulary
 
-INSTALL = f"{sys.executable} -m pip install ctc-beam-decoder==0.2.0"
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install ctc-beam-decoder==0.2.0"
 
 _NEVER = -1e4
 
