@@ -19,6 +19,7 @@ from jaxds2.audio import (
     change_speed,
     probe_audio,
     read_audio,
+    read_blocks,
 )
 
 
@@ -127,6 +128,34 @@ def test_blocks_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     np.testing.assert_array_equal(in_blocks_S, read_audio(tmp_path / "a.wav"))
     assert len(in_blocks_S) == 10_001
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8000, 1)])
+def test_a_file_in_blocks_is_the_file_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, channels: int
+):
+    soundfile.write(tmp_path / "a.wav", noise(6 * rate * channels + channels).reshape(-1, channels), rate)
+    whole_S = read_audio(tmp_path / "a.wav")
+    monkeypatch.setattr(audio, "_STREAMED_SAMPLES", 10_007)
+    pieces = list(read_blocks(tmp_path / "a.wav"))
+    assert len(pieces) > 5
+    np.testing.assert_array_equal(np.concatenate(pieces), whole_S)
+    cut(tmp_path / "a.wav", 0.9)
+    with pytest.raises(AudioError, match="truncated"):
+        list(read_blocks(tmp_path / "a.wav"))
+
+
+def test_what_is_read_in_blocks_may_be_as_long_as_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(audio, "MAX_DECODED_SAMPLES", 15_000)
+    soundfile.write(tmp_path / "a.wav", noise(16_000), 16_000)
+    with pytest.raises(AudioError, match="cut it into pieces"):
+        probe_audio(tmp_path / "a.wav")
+    assert probe_audio(tmp_path / "a.wav", streamed=True).num_samples == 16_000
+    assert sum(map(len, read_blocks(tmp_path / "a.wav"))) == 16_000
+    monkeypatch.setattr(audio, "MAX_STREAMED_DURATION", 0.5)
+    for read in (lambda path: probe_audio(path, streamed=True), lambda path: list(read_blocks(path))):
+        with pytest.raises(AudioError, match=r"at most 0\.5 s are read: cut it into pieces"):
+            read(tmp_path / "a.wav")
 
 
 def test_channels_are_averaged(tmp_path: Path):

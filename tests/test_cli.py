@@ -546,3 +546,60 @@ def test_a_signal_saves_and_leaves_with_75(run, tmp_path, number):
     assert "the same command resumes" in out
     assert "Traceback" not in out
     assert cli.main(["digest", "--run", str(tmp_path / "run")]) == 0
+
+
+def test_transcripts_in_every_format_of_files_folders_and_standard_input(run, tones, tmp_path, capfd, monkeypatch):
+    texts = [u.text for u in read_manifest(tones / "dev.jsonl")][:2]
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(tones / "dev-00.wav", folder / "a.wav")
+    shutil.copy(tones / "dev-01.wav", folder / "more/a.wav")
+    transcribe = ["transcribe", "--run", str(run)]
+    (folder / "more/bad.flac").write_text("this is no audio")
+    soundfile.write(folder / "short.wav", np.zeros(100, np.int16), 16_000)
+    assert cli.main([*transcribe, str(folder), "--format", "all", "--out", str(out), "--word-times"]) == 1
+    both = capfd.readouterr()
+    assert both.out == ""
+    lines = [line for line in both.err.splitlines() if line.startswith(("error", "transcribed"))]
+    assert sum("short.wav: too short for one frame" in line for line in lines) == 1
+    assert sum("bad.flac: not an audio file" in line for line in lines) == 1
+    assert lines[-1].startswith("transcribed 2 of 4 files")
+    assert lines[-1].endswith(f"written to {out}")
+    written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    forms = ("json", "srt", "tsv", "txt", "vtt")
+    assert written == [*(f"a.{form}" for form in forms), *(f"more/a.{form}" for form in forms)]
+    for name, text in zip(("a", "more/a"), texts, strict=True):
+        record = json.loads((out / f"{name}.json").read_text())
+        assert record["text"] == text
+        words = [w for segment in record["segments"] for w in segment["words"]]
+        assert [w["word"] for w in words] == text.split()
+        assert all(0 <= w["start"] < w["end"] <= record["duration"] for w in words)
+        assert (out / f"{name}.srt").read_text().count(" --> ") == len(text.split())
+        assert (out / f"{name}.txt").read_text().splitlines()[0] == text
+
+    with (tones / "dev-01.wav").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.main([*transcribe, "-", str(tones / "dev-00.wav"), "--format", "json"]) == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [r["path"] for r in records] == ["standard input", str(tones / "dev-00.wav")]
+    assert [r["text"] for r in records] == texts[::-1]
+    assert cli.main([*transcribe, str(tones / "dev-00.wav"), "--format", "vtt"]) == 0
+    assert capfd.readouterr().out.startswith("WEBVTT\n\n00:00:00.")
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        fails(capfd, [*transcribe, "-"], 1, "standard input: the file is empty")
+
+
+def test_wrong_use_of_transcribe_is_said_before_the_work(run, tones, tmp_path, capfd):
+    transcribe, file = ["transcribe", "--run", run], tones / "dev-00.wav"
+    fails(capfd, [*transcribe, file, "--format", "all"], 2, "--out DIR")
+    fails(capfd, [*transcribe, file, "--format", "doc"], 2, "doc", "srt")
+    fails(capfd, [*transcribe, file, tones / "dev-01.wav", "--format", "srt"], 2, "2 recordings", "--out DIR")
+    fails(capfd, [*transcribe, "-", "-"], 2, "twice")
+    fails(capfd, [*transcribe, file, tones, "--out", tmp_path / "out"], 2, "both be written to dev-00.*")
+    fails(capfd, [*transcribe, file, "--out", file], 2, "not a folder")
+    fails(capfd, [*transcribe, file, "--pause", "0.1"], 2, "--pause 0.1", "0.2 to 5")
+    (tmp_path / "empty").mkdir()
+    fails(capfd, [*transcribe, tmp_path / "empty"], 1, "holds no audio files")
+    fails(capfd, [*transcribe, tmp_path / "empty", file, "--out", tmp_path / "out"], 1, "holds no audio files")
+    assert (tmp_path / "out/dev-00.txt").read_text().strip()

@@ -4,6 +4,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,14 @@ def test_digital_silence_is_in_no_margin():
     (window,) = cut([waveform_S], grid)
     np.testing.assert_array_equal(window.waveform_S, noise_S[STRIDE:])
     assert not list(cut([np.zeros(5000, np.int16)], grid))
+
+
+@pytest.mark.parametrize(("frames", "stretches"), [(5, 1), (6, 2), (9, 2)])
+def test_digital_silence_parts_stretches_sooner_than_a_pause(frames, stretches):
+    grid = Grid(STRIDE, window=90, overlap=4, search=10, pause=9, border=5, margin=2)
+    waveform_S = recording([20, 30, frames, 30, 20])
+    waveform_S[50 * STRIDE : (50 + frames) * STRIDE] = 0
+    assert sum(w.last for w in cut([waveform_S], grid)) == stretches
 
 
 def test_memory_does_not_grow_with_the_length():

@@ -16,11 +16,12 @@ from jaxds2.inference.recognizer import frame_seconds
 
 WINDOW_SECONDS = 30.0
 """The longest that the model is given of a long recording; a recording that is no longer is not cut."""
-PAUSE_SECONDS = 0.5
-"""Silence that is longer than this ends a stretch."""
+PAUSE_SECONDS = 0.4
+"""Silence that is longer than this ends a stretch; of digital silence, which no microphone records and no model has
+learnt from, BORDER_SECONDS are enough."""
 BORDER_SECONDS = 0.25
 """Silence that is longer than this parts words: more than the closure of a stop inside a word, 0.05 to 0.15 s."""
-MARGIN_SECONDS = 0.06
+MARGIN_SECONDS = 0.15
 """What is kept of the silence on either side of a stretch."""
 OVERLAP_SECONDS = 2.0
 """Context on either side of the frames that are kept of a window."""
@@ -151,15 +152,17 @@ def cut(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
         if part:
             loud_N, start, first = np.append(position, loud_N), position, position - grid.overlap
         elif len(loud_N):
-            start = first = _trim(ahead, max(position, int(loud_N[0]) - grid.margin), int(loud_N[0]))
+            loud = int(loud_N[0])
+            before_U = ahead.levels(max(position, loud - grid.margin), loud)
+            start = first = loud - _audible(before_U[::-1])
         else:
             position += max(1, len(levels_U) - grid.margin)
             continue
         silent_N = np.diff(loud_N) - 1
-        gaps_N = np.flatnonzero(silent_N > grid.pause)
+        digital_N = np.diff(np.cumsum(levels_U == 0)[loud_N - position])
+        gaps_N = np.flatnonzero((silent_N > grid.pause) | (digital_N > grid.border))
         end = int(loud_N[gaps_N[0]] if len(gaps_N) else loud_N[-1]) + 1
-        margin_U = ahead.levels(end, min(end + grid.margin, position + len(levels_U)))
-        stop = end + len(np.trim_zeros(margin_U, "b"))
+        stop = end + _audible(levels_U[end - position : end - position + grid.margin])
         last = stop - first <= grid.window
         if last:
             waveform_S, kept_to, position = ahead.samples(first, stop), None, stop
@@ -179,9 +182,10 @@ def _threshold(levels_U: np.ndarray) -> float:
     return float(floor + np.clip(ABOVE_FLOOR * (top - floor), *ABOVE_FLOOR_DB))
 
 
-def _trim(ahead: _Ahead, start: int, loud: int) -> int:
-    """The start of a margin without its digital silence, which no microphone records and no model has learnt from."""
-    return loud - len(np.trim_zeros(ahead.levels(start, loud), "f"))
+def _audible(levels_U: np.ndarray) -> int:
+    """How many frames there are before the first of digital silence."""
+    digital_N = np.flatnonzero(levels_U == 0)
+    return int(digital_N[0]) if len(digital_N) else len(levels_U)
 
 
 def _quietest(ahead: _Ahead, start: int, count: int) -> int:
