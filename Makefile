@@ -19,9 +19,9 @@ setup: $(STAMP) ## make .venv and install the pinned packages (CPU)
 
 # The lock is installed with --no-deps: pyctcdecode pins numpy < 2 but runs on numpy 2.
 $(STAMP): requirements/cpu.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "jaxds2 needs Python 3.11, 3.12 or 3.13, this is " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 setup")'
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@'$(PYTHON)' -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "jaxds2 needs Python 3.11, 3.12 or 3.13, this is " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 setup")'
+	@'$(PYTHON)' -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)"; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV), half a minute to a few minutes"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -42,7 +42,7 @@ lint: setup ## ruff and pyright
 	$(VENV)/bin/pyright
 
 $(BENCH)/.installed $(BENCH_AUDIO)/.installed: %/.installed: requirements/cpu.lock pyproject.toml
-	$(PYTHON) -m venv $*
+	'$(PYTHON)' -m venv $*
 	@echo "installing the pinned packages and torch into $*"
 	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
 	$*/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter $(BENCH),$*),$(TORCH),$(TORCHAUDIO))

@@ -98,6 +98,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         options = re.findall(r"--[\w-]+", arguments.usage)
         near = [n for a in unknown for n in difflib.get_close_matches(a.partition("=")[0], options, n=1)]
         hint = f"; did you mean {' '.join(near)}?" if near else ""
+        parser.usage = arguments.usage.removeprefix("usage: ").strip()
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
@@ -325,7 +326,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 def _checkpoint(text: str) -> str | int:
     if text in ("best", "last"):
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"--checkpoint {text}: expected best, last or a step")
     return int(text)
 
@@ -451,6 +452,10 @@ def _manifests_to_score(arguments: argparse.Namespace, otherwise: list[Path]) ->
         raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
     if arguments.name and len(manifests) > 1:
         raise ConfigError(f"--name is for one manifest, the config of {arguments.run} names {len(manifests)}")
+    if arguments.name and Path(arguments.name).name != arguments.name:
+        raise ConfigError(
+            f"--name {arguments.name}: expected the name of a folder in {arguments.run / 'eval'}, no path"
+        )
     _must_exist(arguments.manifest)
     for manifest in manifests:
         if not manifest.exists():
@@ -536,6 +541,13 @@ def _lm_build(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--order {arguments.order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
     vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
     sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
+    words = [word for sentence in sentences for word in sentence.split()]
+    if foreign := [word for word in words if vocabulary.unknown(word)]:
+        print(
+            f"warning: {len(foreign):,} of {len(words):,} words, {foreign[0]!r} first, have characters outside the "
+            f"alphabet {vocabulary.characters!r}, which no model over it can write; another is --characters",
+            file=sys.stderr,
+        )
     estimate = estimate_by_lmplz if arguments.estimator == "lmplz" else build_ngram
     lm = estimate(sentences, arguments.out, order=arguments.order, prune=arguments.prune)
     pruned = f", pruned {' '.join(map(str, arguments.prune))}" if arguments.prune else ""

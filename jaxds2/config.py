@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import re
 import runpy
 import textwrap
@@ -43,6 +44,18 @@ def _check_types(section: Any) -> None:
         except _MismatchError:
             expected = _describe(hints[f.name])
             raise ConfigError(f"{type(section).__name__}.{f.name}: expected {expected}, got {value!r}") from None
+        _require_sane(f.name, getattr(section, f.name))
+
+
+def _require_sane(name: str, value: Any) -> None:
+    """Numbers that would fail far from here, or, like a learning rate of inf, not at all."""
+    if isinstance(value, tuple):
+        for item in value:
+            _require_sane(name, item)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), f"{name}={value}: must be finite")
+    elif isinstance(value, int):
+        _require(abs(value) < 2**31, f"{name}={value}: must be below {2**31}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,8 @@ class DataConfig:
         _require(self.num_buckets >= 1, f"data.num_buckets={self.num_buckets}: must be at least 1")
         _require(self.rows_multiple >= 1, f"data.rows_multiple={self.rows_multiple}: must be at least 1")
         _require(self.workers >= 0, f"data.workers={self.workers}: must be 0 or more")
+        paths = (*self.train, *self.test, self.dev, self.durations)
+        _require("" not in paths, "data: a manifest's name is empty; for none set dev=None, train=() or test=()")
         _require(len(set(self.characters)) == len(self.characters), "data.characters holds a character twice")
         _require(len(self.characters) > 0, "data.characters is empty")
 
@@ -99,6 +114,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _require(self.sample_rate >= 1, f"features.sample_rate={self.sample_rate}: must be above 0")
         _require(
             self.window_length <= self.n_fft,
             f"features.n_fft={self.n_fft}: shorter than the window ({self.window_length})",
@@ -197,6 +213,7 @@ class ModelConfig:
             f"{len(self.conv_strides)} convolutions; give one entry per convolution to each",
         )
         _require(n >= 1, "model.conv_channels is empty: the front end needs at least one convolution")
+        _require(min(self.conv_channels) >= 1, f"model.conv_channels={self.conv_channels}: must be at least 1 each")
         pairs_ok = all(len(p) == 2 and min(p) >= 1 for p in (*self.conv_kernels, *self.conv_strides))
         _require(pairs_ok, "model: conv_kernels and conv_strides hold pairs (time, frequency) of positive numbers")
         _require(all(k % 2 == 1 for pair in self.conv_kernels for k in pair), "model.conv_kernels: extents must be odd")
@@ -317,13 +334,17 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(
-            self.version == CONFIG_VERSION,
-            f"config version {self.version}: this jaxds2 reads version {CONFIG_VERSION}; use the jaxds2 that wrote it",
-        )
+        _require_version(self.version)
         _require(
             self.training.epochs is not None or self.training.steps is not None, "set training.epochs or training.steps"
         )
+
+
+def _require_version(version: int) -> None:
+    _require(
+        version == CONFIG_VERSION,
+        f"config version {version}: this jaxds2 reads version {CONFIG_VERSION}; use the jaxds2 that wrote it",
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -350,8 +371,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _call_get_config(path: Path, get_config: Any) -> Config:
     try:
         config = get_config()
-    except ConfigError:
-        raise
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
     except TypeError as e:
         # A misspelt keyword in the file: name the field as the command line would.
         if m := re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e)):
@@ -362,6 +383,8 @@ def _call_get_config(path: Path, get_config: Any) -> Config:
             hint = f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(names)}"
             raise ConfigError(f"{path}: {m[1]} has no field {m[2]!r}{hint}") from None
         raise ConfigError(f"{path}: {e}") from e
+    except Exception as e:
+        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from e
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, expected jaxds2.config.Config")
     return config
@@ -507,6 +530,8 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"no {path}: is {path.parent} a run of train.py?") from None
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
+    if isinstance(tree, dict) and isinstance(tree.get("version"), int):
+        _require_version(tree["version"])  # before the fields, which another version may have more of
     return from_dict(tree)
 
 

@@ -3,6 +3,7 @@ in the frames a known label stands.
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,9 +19,11 @@ _NEVER = -1e30
 """Logarithm of a probability of 0, with which sums stay finite."""
 
 
-def min_frames(label: Sequence[int]) -> int:
-    """Fewest frames that can spell a label: one per label, and a blank between equal neighbours."""
-    return len(label) + sum(a == b for a, b in itertools.pairwise(label))
+def min_frames(label: Sequence[object]) -> int:
+    """Fewest frames that can spell labels, or the characters that they stand for: one each, and a blank between equal
+    neighbours.
+    """
+    return len(label) + sum(map(operator.eq, label, itertools.islice(label, 1, None)))
 
 
 def feasible(logit_lengths_B: jax.Array, labels_BN: jax.Array, label_lengths_B: jax.Array) -> jax.Array:

@@ -188,6 +188,8 @@ def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):
         ({"nbest": 0}, "0 hypotheses: must be at least 1"),
         ({"beam_width": 0}, "beam width 0: must be at least 1"),
         ({"beam_prune_logp": 10.0}, "pruning at 10.0 and -5.0 nats: both must be below 0"),
+        ({"token_min_logp": float("nan")}, "pruning at -10.0 and nan nats: both must be below 0"),
+        ({"beam_prune_logp": float("nan")}, "pruning at nan and -5.0 nats: both must be below 0"),
         ({"alpha": -0.1}, "alpha must be 0 or more"),
         ({"beta": float("nan")}, "both finite"),
     ],

@@ -1,4 +1,4 @@
-"""`jaxds2 check` finds no error in the real corpora as `jaxds2 prepare` writes them."""
+"""`jaxds2 check` finds no error in the corpora as `jaxds2 prepare` writes them."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from jaxds2 import cli
 from jaxds2.data.corpora import prepare_an4, prepare_mini_librispeech
 from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.data.spoken import prepare_demo
 
 
 def check(capsys: pytest.CaptureFixture[str], manifests: list[Path]) -> None:
@@ -24,3 +25,9 @@ def test_mini_librispeech_has_no_error(corpora: Path, tmp_path: Path, capsys: py
     for path, count in zip(manifests, (60, 20), strict=True):  # a sample: all of it takes a minute to decode
         write_manifest(path, read_manifest(path)[:count])
     check(capsys, manifests)
+
+
+def test_the_demo_corpus_has_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("espeakng_loader")
+    prepare_demo(tmp_path, seed=0, workers=1)
+    check(capsys, [tmp_path / f"{split}.jsonl" for split in ("train", "dev", "test")])

@@ -444,7 +444,9 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, [*new, tmp_path / "gone"], 2, f"--init-from {tmp_path / 'gone'}", entry=cli.train)
     assert not (tmp_path / "new").exists()
     arguments = ["--run", run, "--manifest", tones / "dev.jsonl"]
-    fails(capfd, [*arguments, "--checkpoint", "newest"], 2, "best, last or a step", entry=cli.evaluate)
+    for text in ("newest", "\u00b2"):
+        fails(capfd, [*arguments, "--checkpoint", text], 2, "best, last or a step", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--name", "../x"], 2, "--name ../x", "no path", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", "x.arpa"], 2, "--decoder beam", entry=cli.evaluate)
     fails(capfd, [*arguments, "--lm", tmp_path / "gone.arpa", "--decoder", "beam"], 2, "gone.arpa", entry=cli.evaluate)
     fails(capfd, ["--run", run, "--manifest", tmp_path / "gone.jsonl"], 2, "gone.jsonl", entry=cli.evaluate)
@@ -603,3 +605,19 @@ def test_wrong_use_of_transcribe_is_said_before_the_work(run, tones, tmp_path, c
     fails(capfd, [*transcribe, tmp_path / "empty"], 1, "holds no audio files")
     fails(capfd, [*transcribe, tmp_path / "empty", file, "--out", tmp_path / "out"], 1, "holds no audio files")
     assert (tmp_path / "out/dev-00.txt").read_text().strip()
+
+
+def test_an_unknown_option_shows_the_usage_of_its_own_command(capfd):
+    with pytest.raises(SystemExit):
+        cli.main(["lm", "perplexity", "--lm", "lm.arpa", "text"])
+    usage, error = capfd.readouterr().err.split("\n", 1)
+    assert usage.startswith("usage: ")
+    assert "lm perplexity" in usage
+    assert "unrecognized arguments: --lm" in error
+
+
+def test_a_language_model_of_another_alphabet_is_warned_of(tmp_path, capfd):
+    text = tmp_path / "ru.txt"
+    text.write_text("\u0434\u0430 yes\n" * 3, encoding="utf-8")
+    assert cli.main(["lm", "build", str(text), "--order", "2", "--out", str(tmp_path / "lm.arpa")]) == 0
+    assert "warning: 3 of 6 words, '\u0434\u0430' first, have characters outside the alphabet" in capfd.readouterr().err

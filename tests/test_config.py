@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -214,12 +215,15 @@ def test_default_is_below_the_file_is_below_the_command_line(tmp_path: Path):
             "model.dropout=2.0: must be in [0, 1)",
         ),
         ("def get_config():\n    return Config('x')\n", "set training.epochs or training.steps"),
+        ("def get_config():\n    return Confg('x')\n", "NameError: name 'Confg' is not defined"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_fault_in_a_config_file_is_one_line(tmp_path: Path, body: str, said: str):
     with pytest.raises(ConfigError) as caught:
         load_config(write_config(tmp_path, body))
     assert said in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -246,6 +250,29 @@ def test_config_json_gives_back_the_same_config(tmp_path: Path):
 def test_a_config_of_another_version_is_refused():
     with pytest.raises(ConfigError, match="config version 0: this jaxds2 reads version 1"):
         from_dict({**to_dict(BASE), "version": 0})
+
+
+def test_a_newer_version_is_refused_by_its_number_and_not_by_a_field_that_it_added(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**to_dict(BASE), "version": 2, "newer": 3}))
+    with pytest.raises(ConfigError, match="config version 2: this jaxds2 reads version 1"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("data.batch_seconds=1e999", "batch_seconds=inf: must be finite"),
+        ("augment.noise_snr_db=(0,1e999)", "noise_snr_db=inf: must be finite"),
+        ("training.seed=99999999999999999999", "seed=99999999999999999999: must be below 2147483648"),
+        ("training.steps=99999999999999999999", "steps=99999999999999999999: must be below 2147483648"),
+        ("model.conv_channels=(32,0)", "model.conv_channels=(32, 0): must be at least 1 each"),
+        ("features.sample_rate=-16000", "features.sample_rate=-16000: must be above 0"),
+        ("data.dev=", "a manifest's name is empty"),
+    ],
+)
+def test_a_number_that_would_fail_far_from_here_and_an_empty_name_are_refused(item: str, said: str):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        override(BASE, [item])
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", '"text"', "\x00"])

@@ -23,11 +23,13 @@ from jaxds2.data.manifest import read_manifest, write_manifest
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.inference.recognizer import Recognizer
+from jaxds2.text import TextError, Vocabulary
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.lock import LockError
 from jaxds2.training.loop import FINISHED, TrainingError, train
 from jaxds2.training.monitor import Monitor
+from jaxds2.training.selection import read_training_data
 from jaxds2.training.watchdog import Watchdog
 
 
@@ -60,6 +62,28 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_step(tones
         with pytest.raises(LockError, match=r"run/lock: cannot be written \(Read-only file system\)"):
             train(config(tones), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_a_file_is_one_line(tones, tmp_path):
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(LockError, match=r"run: a file, not a folder; choose another with --run"):
+        train(config(tones), tmp_path / "run", progress=False)
+    assert (tmp_path / "run").read_text() == "notes"
+
+
+def test_what_cannot_be_trained_on_is_named_by_its_manifest(tones, tmp_path):
+    good, bad = tones / "train.jsonl", tmp_path / "other.jsonl"
+    first = read_manifest(tones / "dev.jsonl")[0]
+    settings = config(tones)
+    both = dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=(str(good), str(bad))))
+    write_manifest(bad, [dataclasses.replace(first, text="", id="empty")])
+    kept, left_out = read_training_data(both, Vocabulary(settings.data.characters))
+    assert len(kept) == len(read_manifest(good))
+    assert left_out == {"empty text": ["empty"]}
+    write_manifest(bad, [dataclasses.replace(first, text="\u00e9")])
+    says = f"{re.escape(str(bad))}: utterance '{first.id}': .*; `jaxds2 check --config CONFIG {re.escape(str(bad))}`"
+    with pytest.raises(TextError, match=says):
+        read_training_data(both, Vocabulary(settings.data.characters))
 
 
 def test_the_config_and_the_vocabulary_are_in_the_run_and_in_the_checkpoint(tones, whole):

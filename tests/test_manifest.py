@@ -70,7 +70,15 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, said: s
 
 def test_an_id_twice_names_both_lines(tmp_path: Path):
     path = write_lines(tmp_path / "m.jsonl", json.dumps(GOOD), json.dumps({**GOOD, "audio_filepath": "b/a.flac"}))
-    assert refusal(path) == f"{path}:2: id 'a' was already used in line 1"
+    own = "give each line an `id` of its own (default: the file's stem)"
+    assert refusal(path) == f"{path}:2: id 'a' was already used in line 1; {own}"
+
+
+def test_an_id_may_be_zero_and_the_first_line_may_have_a_byte_order_mark(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    lines = [json.dumps({**GOOD, "id": i}) for i in (0, 1)]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert [u.id for u in read_manifest(path)] == ["0", "1"]
 
 
 def test_all_bad_lines_are_named_at_once(tmp_path: Path):
@@ -80,7 +88,8 @@ def test_all_bad_lines_are_named_at_once(tmp_path: Path):
     message = refusal(path)
     assert "\n" not in message
     assert message.startswith(f"{path}: 8 bad lines: 2: not JSON")
-    assert "| 3: id 'a' was already used in line 1 | 4: expected an object" in message
+    assert "| 3: id 'a' was already used in line 1; give each line an `id` of its own" in message
+    assert " | 4: expected an object" in message
     assert message.endswith("| and 3 more")
 
 

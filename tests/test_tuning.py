@@ -157,7 +157,10 @@ def test_back_ends_stand_beside_one_another(run):
     assert set(json.loads((run / "decoding.json").read_text())) == {"pyctcdecode", "flashlight"}
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"pyctcdecode": 3}', '{"pyctcdecode": {"settings": {}}}', '{"pyctcdecode": {"lm_sha256": "0"}}'],
+)
 def test_a_damaged_file_is_refused(content, an4, run):
     (run / "decoding.json").write_text(content)
     with pytest.raises(DecoderError, match=r"decoding\.json: .*; delete it or tune again"):

@@ -94,7 +94,7 @@ def scan_manifest(path: str | Path) -> tuple[list[Utterance], list[str]]:
         with path.open("rb") as lines:  # of text mode's, a text may hold characters that end lines
             for number, data in enumerate(lines, start=1):
                 try:
-                    line = data.decode()
+                    line = data.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors put a mark first
                     if not line.strip():
                         continue
                     utterance = _parse_line(line, path, shards)
@@ -108,7 +108,10 @@ def scan_manifest(path: str | Path) -> tuple[list[Utterance], list[str]]:
                     faults.append(f"{number}: {e}")
                     continue
                 if utterance.id in seen:
-                    faults.append(f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}")
+                    faults.append(
+                        f"{number}: id {utterance.id!r} was already used in line {seen[utterance.id]}; give each line "
+                        "an `id` of its own (default: the file's stem)"
+                    )
                     continue
                 seen.setdefault(utterance.id, number)
                 utterances.append(utterance)
@@ -155,11 +158,11 @@ def _parse_line(line: str, path: Path, shards: dict[str, Path]) -> Utterance:
     else:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _MAX_RECORD:
             raise ManifestError(f"shard_record is {_shown(number)}, expected the number of a recording in a shard")
-        if not record.get("id"):
+        if record.get("id") in (None, ""):
             raise ManifestError("missing key 'id', which a recording in a shard goes by")
         audio = shards.get(name) or shards.setdefault(name, path.parent / name)
     return Utterance(
-        id=str(record.get("id") or audio.stem),
+        id=audio.stem if record.get("id") in (None, "") else str(record["id"]),
         audio_filepath=audio,
         duration=float(record["duration"]),
         text=record["text"],

@@ -99,20 +99,21 @@ def select_utterances(
             reason = f"longer than {data.max_duration:g} s"
         elif not u.text.strip():
             reason = "empty text"
-        elif min_frames(_encode(u, vocabulary)) > frames:
-            reason = "label longer than its frames"
         else:
-            kept.append(u)
-            continue
+            _require_spelling(u, vocabulary)
+            if min_frames(u.text) <= frames:  # a label a character
+                kept.append(u)
+                continue
+            reason = "label longer than its frames"
         left_out.setdefault(reason, []).append(u.id)
     return kept, left_out
 
 
-def _encode(utterance: Utterance, vocabulary: Vocabulary) -> list[int]:
+def _require_spelling(utterance: Utterance, vocabulary: Vocabulary) -> None:
     try:
-        return vocabulary.encode(utterance.text)
+        vocabulary.require(utterance.text)
     except TextError as e:
-        raise TextError(f"utterance {utterance.id!r}: {e}; run `jaxds2 check` to list all such texts") from None
+        raise TextError(f"utterance {utterance.id!r}: {e}") from None
 
 
 def num_samples(durations_s_N: Sequence[float] | np.ndarray, sample_rate: int) -> np.ndarray:

@@ -75,7 +75,11 @@ def read_tuned(run_dir: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as e:
         raise DecoderError(f"{path}: cannot be read ({e}); delete it or tune again") from None
-    if not isinstance(content, dict):
+    keys = {"lm_sha256": str, "settings": dict}
+    if not isinstance(content, dict) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in keys.items())
+        for entry in content.values()
+    ):
         raise DecoderError(f"{path}: expected settings by back end; delete it or tune again")
     return content
 

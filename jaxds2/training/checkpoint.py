@@ -434,7 +434,7 @@ class Checkpoints:
 
     def _damaged(self, folder: Path, how: str) -> DamagedError:
         others = [step for step in self._on_disk() if str(step) != folder.name]
-        also = f"there is also {_listed(others)}" if others else "there is no other"
+        also = f"there is also {_listed(others)}" if others else "there is no other, so train again or name another run"
         return DamagedError(f"{self._shown / folder.name}: damaged ({how}); {also}")
 
 

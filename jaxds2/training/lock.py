@@ -43,6 +43,8 @@ class RunLock:
           LockError: another process has it, or the folder cannot be written.
         """
         path = self._run_dir / "lock"
+        if self._run_dir.exists() and not self._run_dir.is_dir():
+            raise LockError(f"{self._run_dir}: a file, not a folder; choose another with --run")
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+", encoding="utf-8")  # not "w": what stands there may be another's

@@ -239,7 +239,10 @@ def _train(
         for line in set_aside:
             monitor.message(line)
         if first_step:
-            monitor.message(f"resumed at step {first_step}")
+            done = ", the last: nothing is left to train" if first_step >= total_steps else ""
+            monitor.message(f"resumed at step {first_step}{done}")
+        if config.data.dev is None and config.training.eval_every is not None:
+            monitor.message("training.eval_every is of no use: data.dev names nothing to evaluate")
 
         def save(step: int, wer: float | None) -> None:
             meta = {

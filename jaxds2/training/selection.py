@@ -31,25 +31,36 @@ def read_training_data(
     """
     if not config.data.train:
         raise ConfigError("data.train names no manifest; set it in the config, or with data.train=FILE")
-    utterances = []
+    kept: list[Utterance] = []
+    left_out: dict[str, list[str]] = {}
     for path in config.data.train:
         _must_exist(path, "data.train")
         found = read_utterances(path)
         if look:
             _look_for(found, path)
-        utterances += found
-    kept, left_out = select_utterances(
-        [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in utterances],
-        config.data,
-        vocabulary=vocabulary,
-        output_frames=lambda num_samples: output_frames(num_samples, config),
-        speed=config.augment.speed,
-        sample_rate=config.features.sample_rate,
-    )
+        try:
+            of_path, left_out_of_path = select_utterances(
+                [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in found],
+                config.data,
+                vocabulary=vocabulary,
+                output_frames=lambda num_samples: output_frames(num_samples, config),
+                speed=config.augment.speed,
+                sample_rate=config.features.sample_rate,
+            )
+        except TextError as e:
+            raise _unspelt(path, e) from None
+        kept += of_path
+        for reason, ids in left_out_of_path.items():
+            left_out.setdefault(reason, []).extend(ids)
     if not kept:
         reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in left_out.items())
-        raise ConfigError(f"nothing to train on: all {len(utterances)} utterances are left out ({reasons})")
+        count = sum(map(len, left_out.values()))
+        raise ConfigError(f"nothing to train on: all {count} utterances are left out ({reasons})")
     return kept, left_out
+
+
+def _unspelt(path: str, error: TextError) -> TextError:
+    return TextError(f"{path}: {error}; `jaxds2 check --config CONFIG {path}` lists all such texts")
 
 
 def _must_exist(path: str, field: str) -> None:
@@ -76,7 +87,7 @@ def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: V
     return plan_batches(
         config,
         np.array([u.duration for u in utterances]),
-        np.array([len(vocabulary.encode(u.text)) for u in utterances]),
+        np.array([len(u.text) for u in utterances]),  # a label is a character
         digest=manifest_digest(utterances),
     )
 
@@ -125,7 +136,7 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
             try:
                 vocabulary.encode(u.text)
             except TextError as e:
-                raise TextError(f"{config.data.dev}: utterance {u.id!r}: {e}; run `jaxds2 check`") from None
+                raise _unspelt(config.data.dev, TextError(f"utterance {u.id!r}: {e}")) from None
             seconds = probe_audio(recordings.of(u)).duration
             if output_frames(round(seconds * config.features.sample_rate), config) < 1:
                 raise AudioError(f"{u.audio_filepath}: too short for one frame ({seconds:.3f} s); leave out {u.id!r}")
