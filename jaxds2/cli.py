@@ -331,6 +331,14 @@ def _checkpoint(text: str) -> str | int:
     return int(text)
 
 
+def _note(line: str) -> None:
+    """Say it once, even where several processes run the command."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
+
+
 def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderChoice":
     """The decoder that the options and the run's tuned settings describe."""
     from jaxds2.decoding.decoder import DecoderChoice, read_hot_words
@@ -348,9 +356,9 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     backend = arguments.backend or "pyctcdecode"
     values, sources = settle(explicit, arguments.run, backend, arguments.lm)
     if tuned := [f"{name} {values[name]}" for name in SETTINGS if sources[name] == FILE]:
-        print(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}", file=sys.stderr)
+        _note(f"tuned settings of {arguments.run / FILE}: {', '.join(tuned)}")
     elif line := unused(arguments.run, backend, arguments.lm):
-        print(line, file=sys.stderr)
+        _note(line)
     threshold = values.pop("blank_threshold")
     hot_words = read_hot_words(arguments.hot_words, Vocabulary(characters)) if arguments.hot_words else ()
     return DecoderChoice(

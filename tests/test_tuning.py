@@ -149,7 +149,9 @@ def test_tuned_settings_that_are_not_used_are_named_by_their_language_model(an4,
     tuned_with = f"{run / 'decoding.json'}: its settings were tuned with data/lm.arpa; for a search"
     assert unused(run, "pyctcdecode", None) == f"{tuned_with} without one the defaults hold"
     assert unused(run, "pyctcdecode", other) == f"{tuned_with} with {other}, which is another, the defaults hold"
-    assert unused(run, "pyctcdecode", an4[3]) is unused(run, "flashlight", None) is unused(None, "x", None) is None
+    for_another = "its settings were tuned for pyctcdecode; for flashlight the defaults hold"
+    assert unused(run, "flashlight", None) == f"{run / 'decoding.json'}: {for_another}"
+    assert unused(run, "pyctcdecode", an4[3]) is unused(None, "x", None) is None
 
 
 def test_back_ends_stand_beside_one_another(run):

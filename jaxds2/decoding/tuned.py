@@ -50,14 +50,18 @@ def settle(
 
 
 def unused(run_dir: Path | None, backend: str, lm: Path | None) -> str | None:
-    """A line on settings that were tuned for this back end with another language model; None: there are none.
+    """A line on settings that were tuned with another language model or for other back ends; None: there are none.
 
     Raises:
       DecoderError: as read_tuned.
     """
-    entry = read_tuned(run_dir).get(backend) if run_dir else None
-    if run_dir is None or entry is None or (lm is not None and _tuned(run_dir, backend, lm)):
+    content = read_tuned(run_dir) if run_dir else {}
+    if run_dir is None or not content or (lm is not None and _tuned(run_dir, backend, lm)):
         return None
+    entry = content.get(backend)
+    if entry is None:
+        others = " and ".join(content)
+        return f"{run_dir / FILE}: its settings were tuned for {others}; for {backend} the defaults hold"
     here = f"with {lm}, which is another," if lm else "without one"
     return f"{run_dir / FILE}: its settings were tuned with {entry.get('lm')}; for a search {here} the defaults hold"
 
