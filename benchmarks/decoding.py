@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,10 @@ from jaxds2.text import Vocabulary
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz' "
 WORDS, UTTERANCE, FOLLOWERS = 2_000, 27, 20
 DOUBTFUL, WRONG = 0.06, 0.015
-ALPHAS, BETAS = (0.3, 0.5, 1.0), (0.5, 1.0, 2.0, 3.0)
+ALPHAS, BETAS = (0.1, 0.2, 0.3, 0.5, 1.0, 1.5), (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 PRUNINGS = {
+    "default": {},  # first, since all others stand beside pyctcdecode's
     "narrow": {"beam_width": 25},
-    "default": {},
     "wide": {"beam_width": 200, "beam_prune_logp": -20.0, "token_min_logp": -8.0},
 }
 BLANK = 0.999
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--lm", type=Path, help="for real ones")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--prunings", nargs="+", choices=PRUNINGS, default=list(PRUNINGS), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-cpu-decoding.json")
     arguments = parser.parse_args()
     rows = []
@@ -170,8 +172,7 @@ def main() -> None:
                 print(f"| {backend} | left out: {e} | | | | |")
                 continue
             best = choices[int(np.argmin(tuned))]
-            # pyctcdecode's default comes first, since all others stand beside it.
-            for name, threshold in itertools.product(("default", "narrow", "wide"), (None, BLANK)):
+            for name, threshold in itertools.product(arguments.prunings, (None, BLANK)):
                 choice = replace(best, blank_threshold=threshold, beam=replace(best.beam, **PRUNINGS[name]))
                 score = measure(choice, lm, vocabulary, log_probs[dev:], refs[dev:])
                 base = score if (backend, name, threshold) == BASE else base
@@ -189,10 +190,14 @@ def main() -> None:
                 rows.append(record)
                 print("| " + " | ".join(row) + " |", flush=True)
     path = arguments.json or side_by_side.RESULTS / f"{datetime.date.today().isoformat()}-cpu-decoding.json"
+    installed = {d.name: d.version for d in metadata.distributions()}
+    packages = ("pyctcdecode", "kenlm-ex", "flashlight-text", "ctc-beam-decoder")
+    versions = {name: installed.get(name, installed.get(name.replace("-", "_"))) for name in packages}
     content = {
         "benchmark": "decoding",
         "log_probs": "real" if arguments.logprobs else "made up",
         "utterances": len(refs) - dev,
+        "versions": versions,
         "greedy": {"wer": greedy.wer, "utterances_per_second": greedy.speed},
         "rows": rows,
     }
