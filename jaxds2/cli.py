@@ -460,7 +460,7 @@ def _manifests_to_score(arguments: argparse.Namespace, otherwise: list[Path]) ->
         raise ConfigError(f"the config of {arguments.run} names no test manifest (data.test); give one with --manifest")
     if arguments.name and len(manifests) > 1:
         raise ConfigError(f"--name is for one manifest, the config of {arguments.run} names {len(manifests)}")
-    if arguments.name and Path(arguments.name).name != arguments.name:
+    if arguments.name and (Path(arguments.name).name != arguments.name or arguments.name == ".."):
         raise ConfigError(
             f"--name {arguments.name}: expected the name of a folder in {arguments.run / 'eval'}, no path"
         )
