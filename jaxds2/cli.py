@@ -98,7 +98,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         options = re.findall(r"--[\w-]+", arguments.usage)
         near = [n for a in unknown for n in difflib.get_close_matches(a.partition("=")[0], options, n=1)]
         hint = f"; did you mean {' '.join(near)}?" if near else ""
-        parser.usage = arguments.usage.removeprefix("usage: ").strip()
+        parser.usage = arguments.usage.removeprefix("usage: ").strip().replace("%", "%%")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
