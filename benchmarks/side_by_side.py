@@ -142,10 +142,10 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
     print(f"\nwritten to {path}")
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Of the packages that the figures depend on; None for one that is missing."""
     found: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

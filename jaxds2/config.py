@@ -44,7 +44,7 @@ def _check_types(section: Any) -> None:
         except _MismatchError:
             expected = _describe(hints[f.name])
             raise ConfigError(f"{type(section).__name__}.{f.name}: expected {expected}, got {value!r}") from None
-        _require_sane(f.name, getattr(section, f.name))
+        _require_sane(f"{type(section).__name__}.{f.name}", getattr(section, f.name))
 
 
 def _require_sane(name: str, value: Any) -> None:
@@ -55,7 +55,7 @@ def _require_sane(name: str, value: Any) -> None:
     elif isinstance(value, float):
         _require(math.isfinite(value), f"{name}={value}: must be finite")
     elif isinstance(value, int):
-        _require(abs(value) < 2**31, f"{name}={value}: must be below {2**31}")
+        _require(abs(value) < 2**31, f"{name}={value}: does not fit 32 bits")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The benchmarks run, name every column and leave their numbers as JSON."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,17 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             errors = [value for key, value in numbers.items() if key in ERRORS]
             assert all(0 <= value < 1e-4 for value in errors), (column, numbers)
             assert errors or numbers["CPU ms"] > 0
+
+
+def test_decoders_are_compared_on_the_same_utterances(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    decoding = importlib.import_module("decoding")
+    words_U = np.full(50, 10)
+    worse_U = np.arange(50) % 5
+    base = decoding.Score(worse_U, words_U, 1.0)
+    assert decoding.difference(base, base) == (0, 0, 0)
+    # One error more in each utterance is exactly that in any sample of them; unpaired it would not be.
+    assert decoding.difference(base, decoding.Score(worse_U + 1, words_U, 1.0)) == pytest.approx((10, 10, 10))
 
 
 def test_a_delay_common_to_all_words_is_no_error_of_alignment(tmp_path, capsys):

@@ -254,3 +254,4 @@ def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(ton
         finally:
             first.kill()
     assert train(config(tones), tmp_path / "run", progress=False) == FINISHED  # the kernel has given it back
+    assert "resumed at step 8, the last: nothing is left to train" in (tmp_path / "run/train.log").read_text()
