@@ -8,11 +8,14 @@ the recordings only those of the first batch are written, as noise.
 
 import json
 import multiprocessing
-import resource
+import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 SHAPES = (8, 12)
 WORKERS = 2
 EPOCHS = 3
+INTERVAL_S = 0.1
+"""Between two looks at the memory."""
 
 
 def main() -> None:
@@ -102,37 +107,65 @@ def plan_of(config: "Config") -> tuple[list[Any], "BatchPlan"]:
 
 
 def first_batch(manifest: Path, shapes: int, begin: float) -> dict[str, float]:
-    """Seconds from `begin` to what training has before its first step, and the most memory held until then."""
+    """Seconds from `begin` to what training has before its first step, and the most memory held on the way there."""
     from jaxds2.data.pipeline import load_batches
     from jaxds2.text import Vocabulary
     from jaxds2.training import selection
 
     config = config_for(manifest, shapes)
     vocabulary = Vocabulary(config.data.characters)
-    imported = time.time()
-    utterances, _ = selection.read_training_data(config, vocabulary)
-    read = time.time()
-    plan = selection.training_plan(config, utterances, vocabulary)
-    planned = time.time()
-    with load_batches(utterances, plan, vocabulary=vocabulary, workers=WORKERS) as batches:
-        loaded = next(batches)
-        done = time.time()
+    with most_memory() as most:
+        imported = time.time()
+        utterances, _ = selection.read_training_data(config, vocabulary)
+        read = time.time()
+        plan = selection.training_plan(config, utterances, vocabulary)
+        planned = time.time()
+        with load_batches(utterances, plan, vocabulary=vocabulary, workers=WORKERS) as batches:
+            loaded = next(batches)
+            done = time.time()
+            time.sleep(2 * INTERVAL_S)  # one more look
     if loaded.failures:
         sys.exit(f"{len(loaded.failures)} recordings of the first batch could not be read: {loaded.failures[0]}")
-    return {
-        "imported": imported - begin,
-        "read": read - begin,
-        "planned": planned - begin,
-        "first batch": done - begin,
-        "MiB": peak_mib(resource.RUSAGE_SELF),
-        "MiB, a worker": peak_mib(resource.RUSAGE_CHILDREN),
-    }
+    times = {"imported": imported, "read": read, "planned": planned, "first batch": done}
+    return {name: moment - begin for name, moment in times.items()} | most
 
 
-def peak_mib(who: int) -> float:
-    """The most memory that this process, or the largest of its children, ever held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(who).ru_maxrss * unit / 2**20
+@contextmanager
+def most_memory() -> Iterator[dict[str, float]]:
+    """The most MiB that this process and its children held at one time, looked at again and again; filled at the end.
+
+    What they share counts once (Linux's proportional set size). Elsewhere it is left out.
+    """
+    most: dict[str, float] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(INTERVAL_S):
+            sizes = [proportional_mib(pid) for pid in (os.getpid(), *map(int, children()))]
+            if sum(sizes) > most.get("MiB, host", 0.0):
+                most.update({"MiB, host": sum(sizes), "MiB, a worker": max(sizes[1:], default=0.0)})
+
+    looking = threading.Thread(target=look, daemon=True)
+    if Path("/proc/self/smaps_rollup").exists():
+        looking.start()
+    yield most
+    over.set()
+    if looking.ident:
+        looking.join()
+
+
+def children() -> list[str]:
+    """The processes that this one started, whichever of its threads did."""
+    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+def proportional_mib(pid: int) -> float:
+    """MiB of a process, what it shares divided by those who share it; 0 of one that has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def padding(manifest: Path, shapes: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ FLOORS = (
         "hosts",
         "data.manifest",
         "data.download",
+        "data.strings",
         "decoding.hypothesis",
         "evaluation.logprobs",
         "model.scan",

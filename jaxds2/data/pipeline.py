@@ -21,7 +21,11 @@ from jaxds2.audio import AudioError, change_speed, read_audio
 from jaxds2.data.manifest import DURATION_TOLERANCE, Utterance
 from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.data.shards import Recordings
+from jaxds2.data.strings import SharedStrings
 from jaxds2.text import Vocabulary
+
+_NO_RECORD = -1
+"""In place of a shard's record: the file is the recording itself."""
 
 Array = Any
 """np.ndarray on the host, jax.Array on devices and while tracing."""
@@ -131,6 +135,7 @@ def load_batches(
         batches.close()
         iterator.close()
         recordings.close()
+        steps.close()
         # What was read ahead must give back its shared memory now, not at the exit of the interpreter, which fails and
         # warns of leaks. grain's own references to it end in cycles, by way of the traceback of its StopIteration.
         del batches, iterator
@@ -186,12 +191,18 @@ class _Steps:
     ):
         self._process, self._processes = process, processes
         self._plan, self._vocabulary, self._recordings = plan, vocabulary, recordings
-        # Lists of strings go to a worker ten times faster than 281,000 utterances with their paths.
-        self._ids = [u.id for u in utterances]
-        self._files = [str(u.audio_filepath) for u in utterances]
-        self._shard_records = [u.shard_record for u in utterances]
-        self._texts = [] if vocabulary is None else [u.text for u in utterances]
+        # What a worker is handed is small however many utterances there are: these are shared, the rest are numbers.
+        self._ids = SharedStrings(u.id for u in utterances)
+        self._files = SharedStrings(str(u.audio_filepath) for u in utterances)
+        self._texts = SharedStrings(() if vocabulary is None else (u.text for u in utterances))
+        records = (_NO_RECORD if u.shard_record is None else u.shard_record for u in utterances)
+        self._shard_records_N = np.fromiter(records, np.int32, len(utterances))
         self._start, self._stop = start, sys.maxsize if stop is None else stop
+
+    def close(self) -> None:
+        """Let go of what is shared; no worker may start after this."""
+        for strings in (self._ids, self._files, self._texts):
+            strings.close()
 
     def __len__(self) -> int:
         return max(0, self._stop - self._start)
@@ -236,7 +247,10 @@ class _Steps:
     def _read(self, index: int, speed: float) -> np.ndarray:
         """The waveform of an utterance at its speed, int16, no longer than the plan expects."""
         rate, declared = self._plan.sample_rate, int(self._plan.num_samples_N[index])
-        recording = self._recordings.find(self._files[index], self._shard_records[index], self._ids[index])
+        record = int(self._shard_records_N[index])
+        recording = self._recordings.find(
+            self._files[index], None if record == _NO_RECORD else record, self._ids[index]
+        )
         waveform_S = read_audio(recording, sample_rate=rate)
         if abs(len(waveform_S) - declared) > DURATION_TOLERANCE * rate:
             raise AudioError(

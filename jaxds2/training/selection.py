@@ -35,12 +35,12 @@ def read_training_data(
     left_out: dict[str, list[str]] = {}
     for path in config.data.train:
         _must_exist(path, "data.train")
-        found = read_utterances(path)
+        found = _read_normalized(path, vocabulary)
         if look:
             _look_for(found, path)
         try:
             of_path, left_out_of_path = select_utterances(
-                [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in found],
+                found,
                 config.data,
                 vocabulary=vocabulary,
                 output_frames=lambda num_samples: output_frames(num_samples, config),
@@ -57,6 +57,13 @@ def read_training_data(
         count = sum(map(len, left_out.values()))
         raise ConfigError(f"nothing to train on: all {count} utterances are left out ({reasons})")
     return kept, left_out
+
+
+def _read_normalized(path: str, vocabulary: Vocabulary) -> list[Utterance]:
+    utterances = read_utterances(path)
+    for i, u in enumerate(utterances):  # in place: no text is held twice
+        utterances[i] = dataclasses.replace(u, text=vocabulary.normalize(u.text))
+    return utterances
 
 
 def _unspelt(path: str, error: TextError) -> TextError:
@@ -86,8 +93,8 @@ def training_plan(config: Config, utterances: Sequence[Utterance], vocabulary: V
     """Which utterances each step trains on."""
     return plan_batches(
         config,
-        np.array([u.duration for u in utterances]),
-        np.array([len(u.text) for u in utterances]),  # a label is a character
+        np.fromiter((u.duration for u in utterances), np.float64, len(utterances)),
+        np.fromiter((len(u.text) for u in utterances), np.int64, len(utterances)),  # a label is a character
         digest=manifest_digest(utterances),
     )
 
@@ -130,7 +137,7 @@ def read_dev_data(config: Config, vocabulary: Vocabulary) -> list[Utterance]:
     if config.data.dev is None:
         return []
     _must_exist(config.data.dev, "data.dev")
-    utterances = [dataclasses.replace(u, text=vocabulary.normalize(u.text)) for u in read_utterances(config.data.dev)]
+    utterances = _read_normalized(config.data.dev, vocabulary)
     with Recordings() as recordings:
         for u in utterances:
             try:
