@@ -215,17 +215,17 @@ def gather(record: Any) -> list[Any]:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Make sure that all processes say the same; all of them call this, with the same names.
+    """Make sure that all processes say the same; all of them call this. What one does not name at all differs too.
 
     Raises:
       HostsError: in all of them; it says in what they differ.
     """
     first, *others = gather(dict(facts))
     differing = [
-        f"{name} is {first[name]} on process 0 and {other[name]} on process {i}"
-        for name in first
+        f"{name} is {first.get(name, 'absent')} on process 0 and {other.get(name, 'absent')} on process {i}"
         for i, other in enumerate(others, start=1)
-        if other[name] != first[name]
+        for name in dict.fromkeys((*first, *other))
+        if name not in first or name not in other or other[name] != first[name]
     ]
     if differing:
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""

@@ -109,6 +109,50 @@ def test_processes_that_differ_say_in_what(monkeypatch):
         agree(agree_on)
 
 
+def test_what_a_process_does_not_even_name_differs(monkeypatch):
+    """As the fields of the config do where one has another version of the code."""
+    monkeypatch.setattr(hosts, "gather", lambda facts: [facts, {"code": "2", "data.new": 5}])
+    named = (
+        r"code is 1 on process 0 and 2 on.*data\.old is 3 on process 0 and absent on.*data\.new is absent on.*and 5 on"
+    )
+    with pytest.raises(HostsError, match=named):
+        agree({"code": "1", "data.old": "3"})
+
+
+def test_two_processes_with_different_runs_both_say_so_in_one_line(tones, tmp_path):
+    save_config(config(tones), tmp_path / "config.json")
+    program = (
+        "import sys; from pathlib import Path; from jaxds2.config import read_config\n"
+        "from jaxds2.hosts import Cluster, HostsError, join; from jaxds2.training.loop import train\n"
+        "address, process, config, run = sys.argv[1:]\n"
+        "try:\n"
+        "    with join(Cluster(address, 2, int(process)), timeout_s=120):\n"
+        "        train(read_config(Path(config)), Path(run), progress=False)\n"
+        "except HostsError as e:\n"
+        "    print(e)\n"
+    )
+    command = [sys.executable, "-c", program, free_address()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [*command, str(i), str(tmp_path / "config.json"), str(tmp_path / f"run-{i}")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    runs = [str(tmp_path / f"run-{i}") for i in range(2)]
+    expected = (
+        f"the processes were started on different things: run is {runs[0]} on process 0 and {runs[1]} on process 1"
+    )
+    assert [out.splitlines()[-1] for out, _ in said] == [expected] * 2, said  # the first may be gloo's
+    assert not any("Traceback" in err for _, err in said)
+    assert not any(Path(run).exists() for run in runs)
+
+
 @pytest.fixture(scope="module")
 def one(tones, tmp_path_factory) -> Path:
     """Six steps on one device that never stopped, with an evaluation after the third and at the end."""

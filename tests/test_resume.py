@@ -23,6 +23,7 @@ from jaxds2.config import (
     OptimizerConfig,
 )
 from jaxds2.data.manifest import read_manifest, write_manifest
+from jaxds2.data.shards import write_shards
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
@@ -224,17 +225,33 @@ def test_what_does_not_change_the_result_may_differ_on_resume(tones, whole, tmp_
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
-def test_other_training_manifests_are_refused_on_resume(tones, whole, tmp_path):
+@pytest.mark.parametrize("which", ["train", "dev"])
+def test_other_manifests_are_refused_on_resume(tones, whole, tmp_path, which):
     shutil.copytree(whole, tmp_path / "run")
-    write_manifest(tmp_path / "train.jsonl", read_manifest(tones / "train.jsonl")[1:])
-    data = tmp_path / "data"
-    shutil.copytree(tones, data)
-    shutil.copy(tmp_path / "train.jsonl", data / "train.jsonl")
-    changed = json.loads((tmp_path / "run/config.json").read_text())
-    changed["data"] |= {"train": [str(data / "train.jsonl")], "dev": str(data / "dev.jsonl")}
-    (tmp_path / "run/config.json").write_text(json.dumps(changed))
-    with pytest.raises(ConfigError, match="not those that it was started with"):
-        train(config(data), tmp_path / "run", progress=False)
+    shutil.copytree(tones, tmp_path / "data")
+    write_manifest(tmp_path / f"data/{which}.jsonl", read_manifest(tones / f"{which}.jsonl")[1:])
+    with pytest.raises(ConfigError, match=f"the {which}.* not what it was started with"):
+        train(config(tmp_path / "data"), tmp_path / "run", progress=False)
+
+
+def test_manifests_may_be_packed_into_shards_or_moved_on_resume(tones, tmp_path, monkeypatch):
+    advance = Monitor.advance
+
+    def stop(self, step, **values):
+        advance(self, step, **values)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "advance", stop)
+        assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
+    base = config(tones)
+    write_shards(tones / "train.jsonl", tmp_path / "shards/train", workers=1)
+    shutil.copytree(tones, tmp_path / "data")
+    data = dataclasses.replace(base.data, train=(str(tmp_path / "shards/train"),), dev=str(tmp_path / "data/dev.jsonl"))
+    assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
+    assert train(base, tmp_path / "whole", progress=False) == FINISHED
+    assert run_digest(tmp_path / "run") == run_digest(tmp_path / "whole")
 
 
 def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(tones, whole, tmp_path):

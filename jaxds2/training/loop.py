@@ -62,6 +62,8 @@ IDS_SHOWN = 5
 
 MAY_CHANGE = {
     "data.workers",
+    "data.train",
+    "data.dev",
     "data.test",
     "data.durations",
     "training.devices",
@@ -71,7 +73,8 @@ MAY_CHANGE = {
     "training.max_skipped",
     "training.watchdog_seconds",
 }
-"""Fields in which a resumed run may differ from its start: none of them changes what is learnt."""
+"""Fields in which a resumed run may differ from its start: none of them changes what is learnt. Of manifests, which may
+have been packed into shards or moved since, the digests must stay."""
 
 
 class StopSignal:
@@ -138,7 +141,8 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
         "code": hosts.code_version(),
         "jax": jax.__version__,
         "devices": f"{jax.local_device_count()} {jax.default_backend()}",
-        f"what is in {folder}": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing",
+        "run": str(run_dir.absolute()),
+        "checkpoints": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing",
         **{
             f"{section}.{name}": value
             for section, fields in dataclasses.asdict(config).items()
@@ -163,7 +167,8 @@ def _train(
     plan = training_plan(config, utterances, vocabulary)
     digest = manifest_digest(utterances)
     total_steps, batches_per_step = num_updates(config, plan), config.training.accumulate
-    hosts.agree({"digest of the training manifests": digest, "digest of the dev manifest": manifest_digest(dev)})
+    dev_digest = manifest_digest(dev)
+    hosts.agree({"digest of the training manifests": digest, "digest of the dev manifest": dev_digest})
     seed, ema_decay = config.training.seed, config.training.ema_decay
     apply, params = create(
         config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config), seed=seed
@@ -175,13 +180,17 @@ def _train(
         lock.take()
     claim_run(config, run_dir, started=checkpoints.last() is not None, writes=writes)
     set_aside = checkpoints.set_aside_damaged()
-    first_step = checkpoints.last() or 0
+    first_step = hosts.gather(checkpoints.last() or 0)[0]  # a shared folder may look older to another process
     resumed = checkpoints.read_meta(first_step) if first_step else {}
-    if resumed.get("manifest_digest", digest) != digest:
-        raise ConfigError(
-            f"{run_dir}: the training manifests are not those that it was started with, so its steps would be others; "
-            f"bring those back, or choose another folder with --run"
-        )
+    for what, field, now in (
+        ("training manifests are", "manifest_digest", digest),
+        ("dev manifest is", "dev_digest", dev_digest),
+    ):
+        if resumed.get(field, now) != now:
+            raise ConfigError(
+                f"{run_dir}: the {what} not what it was started with, so its steps or scores would be others; "
+                f"bring that back, or choose another folder with --run"
+            )
 
     optimizer = make_optimizer(config.optimizer, total_steps)
     gradient_step = make_gradient_step(
@@ -251,7 +260,12 @@ def _train(
                 "wer": wer,
                 "jaxds2": jaxds2.__version__,
             }
-            meta |= {"manifest_digest": digest, "infeasible": report.infeasible, "unreadable": report.unreadable}
+            meta |= {
+                "manifest_digest": digest,
+                "dev_digest": dev_digest,
+                "infeasible": report.infeasible,
+                "unreadable": report.unreadable,
+            }
             meta |= {"left_out": list(report.left_out)}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
