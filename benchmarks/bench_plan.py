@@ -34,22 +34,23 @@ INTERVAL_S = 0.1
 
 
 def main() -> None:
-    """Print the table and write it."""
-    arguments = side_by_side.start("Batches for a large corpus.", threads=2, utterances=281_241)
-    count = 400 if arguments.small else arguments.utterances
-    table = {}
+    """Print the tables and write them."""
+    arguments = side_by_side.start("Batches for a large corpus.", threads=2, utterances=281_241, planned=10_000_000)
+    count, planned = (400, 4_000) if arguments.small else (arguments.utterances, arguments.planned)
+    table, alone = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "train.jsonl"
         write_manifest(manifest, count)
         for shapes in SHAPES:
             # Planned once before, to know which recordings have to be there.
             in_new_process(write_first_batch, manifest, shapes)
-            begin = time.time()
-            table[f"ours-{shapes}-shapes"] = in_new_process(first_batch, manifest, shapes, begin)
-            table[f"ours-{shapes}-shapes"] |= in_new_process(padding, manifest, shapes)
+            table[f"ours-{shapes}-shapes"] = in_new_process(first_batch, manifest, shapes, time.time())
+            alone[f"ours-{shapes}-shapes"] = in_new_process(plan_alone, planned, shapes)
     title = f"{count} utterances, configs/librispeech_960.py, {WORKERS} loader workers, seconds since the process began"
     print(side_by_side.table(title, table))
-    side_by_side.save("plan", arguments, [{"what": "plan", "utterances": count, "columns": table}])
+    print(side_by_side.table(f"the plan alone, {planned} utterances, seconds", alone))
+    results = [{"what": "plan", "utterances": count, "columns": table}]
+    side_by_side.save("plan", arguments, [*results, {"what": "plan alone", "utterances": planned, "columns": alone}])
 
 
 def in_new_process(function, *arguments: Any) -> Any:
@@ -63,16 +64,24 @@ def write_manifest(path: Path, count: int) -> None:
     import numpy as np
     import soundfile
 
+    durations_N, characters_per_second = draw_durations(count)
+    with path.open("w", encoding="utf-8") as file:
+        for i, duration in enumerate(durations_N.tolist()):
+            text = "word " * round(duration * characters_per_second / 5)
+            line = {"audio_filepath": f"{i}.wav", "duration": round(duration, 4), "text": text.strip(), "id": f"{i}"}
+            file.write(json.dumps(line) + "\n")
+    soundfile.write(path.parent / "0.wav", np.zeros(1, np.int16), 16_000)  # what training looks for before it plans
+
+
+def draw_durations(count: int) -> tuple[Any, float]:
+    """So many durations, float64 seconds, and the characters spoken in a second."""
+    import numpy as np
+
     histogram = json.loads((ROOT / "configs/durations/librispeech_960.json").read_text(encoding="utf-8"))
     width, counts = histogram["seconds_per_bin"], np.array(histogram["counts"])
     rng = np.random.default_rng(0)
     durations_N = (rng.choice(len(counts), count, p=counts / counts.sum()) + rng.random(count)) * width
-    with path.open("w", encoding="utf-8") as file:
-        for i, duration in enumerate(durations_N.tolist()):
-            text = "word " * round(duration * histogram["characters_per_second"] / 5)
-            line = {"audio_filepath": f"{i}.wav", "duration": round(duration, 4), "text": text.strip(), "id": f"{i}"}
-            file.write(json.dumps(line) + "\n")
-    soundfile.write(path.parent / "0.wav", np.zeros(1, np.int16), 16_000)  # what training looks for before it plans
+    return durations_N, histogram["characters_per_second"]
 
 
 def config_for(manifest: Path, shapes: int) -> "Config":
@@ -127,7 +136,7 @@ def first_batch(manifest: Path, shapes: int, begin: float) -> dict[str, float]:
     if loaded.failures:
         sys.exit(f"{len(loaded.failures)} recordings of the first batch could not be read: {loaded.failures[0]}")
     times = {"imported": imported, "read": read, "planned": planned, "first batch": done}
-    return {name: moment - begin for name, moment in times.items()} | most
+    return {name: moment - begin for name, moment in times.items()} | most | padding(plan, shapes)
 
 
 @contextmanager
@@ -168,13 +177,12 @@ def proportional_mib(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def padding(manifest: Path, shapes: int) -> dict[str, float]:
+def padding(plan: "BatchPlan", shapes: int) -> dict[str, float]:
     """Percent of the samples of batches that are no audio, and how few any plan with as many shapes could have."""
     import numpy as np
 
     from jaxds2.data.plan import bucket_edges
 
-    _, plan = plan_of(config_for(manifest, shapes))
     measured, least = [], []
     for epoch in range(EPOCHS):
         lengths_N = plan.lengths(epoch)
@@ -182,13 +190,27 @@ def padding(manifest: Path, shapes: int) -> dict[str, float]:
         padded_N = edges_K[np.searchsorted(edges_K, lengths_N)]
         measured.append(100 * plan.padding_share(epoch))
         least.append(100 * (1 - lengths_N.sum() / padded_N.sum()))
-    begin = time.process_time()
-    plan.step(plan.steps_for_epochs(EPOCHS))
-    return {
-        "padding %": float(np.mean(measured)),
-        "least possible %": float(np.mean(least)),
-        "CPU ms": 1e3 * (time.process_time() - begin),
-    }
+    return {"padding %": float(np.mean(measured)), "least possible %": float(np.mean(least))}
+
+
+def plan_alone(count: int, shapes: int) -> dict[str, float]:
+    """Of durations that are there: seconds until all is planned, until the first batch, until one of the next epoch."""
+    import numpy as np
+
+    from jaxds2.training.selection import plan_batches
+
+    config = config_for(Path("train.jsonl"), shapes)
+    durations_N, characters_per_second = draw_durations(count)
+    labels_N = np.rint(durations_N * characters_per_second).astype(np.int64)
+    with most_memory() as most:
+        begin = time.perf_counter()
+        plan = plan_batches(config, durations_N, labels_N, digest="made up")
+        planned = time.perf_counter()
+        plan.step(0)
+        first = time.perf_counter()
+        plan.step(plan.steps_for_epochs(1))
+        second = time.perf_counter()
+    return {"planned": planned - begin, "first step": first - planned, "next epoch": second - first} | most
 
 
 if __name__ == "__main__":
