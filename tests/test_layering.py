@@ -13,7 +13,19 @@ PACKAGE = ROOT / "jaxds2"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 FLOORS = (
-    ("config", "text", "audio", "files", "allocator", "compiler", "lifeline", "model.cell", "model.stored"),
+    (
+        "config",
+        "text",
+        "audio",
+        "files",
+        "lock",
+        "worker",
+        "allocator",
+        "compiler",
+        "lifeline",
+        "model.cell",
+        "model.stored",
+    ),
     (
         "features",
         "augment",
@@ -36,7 +48,6 @@ FLOORS = (
     (
         "training.step",
         "training.checkpoint",
-        "training.lock",
         "training.watchdog",
         "training.monitor",
         "evaluation.comparison",

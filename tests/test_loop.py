@@ -23,10 +23,10 @@ from jaxds2.data.manifest import read_manifest, write_manifest
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.inference.recognizer import Recognizer
+from jaxds2.lock import LockError
 from jaxds2.text import TextError, Vocabulary
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
-from jaxds2.training.lock import LockError
 from jaxds2.training.loop import FINISHED, TrainingError, train
 from jaxds2.training.monitor import Monitor
 from jaxds2.training.selection import read_training_data

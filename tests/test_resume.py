@@ -25,10 +25,10 @@ from jaxds2.config import (
 from jaxds2.data.manifest import read_manifest, write_manifest
 from jaxds2.data.shards import write_shards
 from jaxds2.inference.recognizer import Recognizer
+from jaxds2.lock import LockError
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.compilation import OutOfMemoryError
-from jaxds2.training.lock import LockError
 from jaxds2.training.loop import FINISHED, STOPPED, train
 from jaxds2.training.monitor import Monitor
 
@@ -256,8 +256,9 @@ def test_manifests_may_be_packed_into_shards_or_moved_on_resume(tones, tmp_path,
 
 def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(tones, whole, tmp_path):
     holder = (
-        "import sys, time; from pathlib import Path; from jaxds2.training.lock import RunLock\n"
-        "with RunLock(Path(sys.argv[1])) as lock: lock.take(); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from jaxds2.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1]), does='trains', option='--run') as lock:\n"
+        "    lock.take(); print('held', flush=True); time.sleep(600)"
     )
     shutil.copytree(whole, tmp_path / "run")
     command = [sys.executable, "-c", holder, str(tmp_path / "run")]

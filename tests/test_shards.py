@@ -1,11 +1,15 @@
 """Shards: what is packed is what is read, packing goes on where it stopped, and no damage passes in silence."""
 
+import contextlib
 import errno
 import json
 import os
 import pickle
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +85,8 @@ def copied(packed: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """Every file but the lock, which names a process."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "lock"}
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -265,7 +270,7 @@ def test_shards_of_a_test_set_go_by_the_name_of_their_folder(corpus: Path, packe
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != "lock"}
 
 
 @pytest.mark.parametrize("finished", range(7))
@@ -302,6 +307,44 @@ def test_packing_that_was_stopped_goes_on(
     assert content(out) == content(packed)
     pack(corpus, out)
     assert stamps(out) == after
+
+
+STOPS_AT_TWO = """
+import sys, time
+from jaxds2 import cli
+from jaxds2.data import shards
+write = shards._write_contents
+def write_and_stay(folder, contents):
+    write(folder, contents)
+    if len(contents.shards) == 2:
+        print("two are listed", flush=True)
+        time.sleep(600)
+shards._write_contents = write_and_stay
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_packing_keeps_others_out_and_when_it_is_killed_leaves_no_worker(
+    corpus: Path, packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "shards"
+    command = ["shard", str(corpus), "--out", str(out), "--shard-size", str(SHARD_BYTES / 1e6), "--workers", "2"]
+    program = [sys.executable, "-c", STOPS_AT_TWO, *command]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "two are listed\n"
+            line = refusal(capfd, *command)
+            assert line.startswith(f"error: {out}: process {first.pid} on ")
+            assert line.endswith(" packs here; stop it first, or choose another folder with --out")
+            first.kill()
+            first.communicate(timeout=60)  # ends when the last worker does: they write to the same pipe
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert not (out / "index.jsonl").exists()
+    assert cli.main(command) == 0
+    assert content(out) == content(packed)
 
 
 def test_a_shard_that_was_finished_but_not_listed_is_packed_again(corpus: Path, packed: Path, copied: Path):
@@ -581,13 +624,15 @@ def test_a_read_only_folder_is_one_line(corpus: Path, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(Path, "mkdir", refuse)
         line = refusal(capfd, "shard", corpus, "--out", tmp_path / "new", "--workers", 1)
-        assert line == f"error: {tmp_path}/new/shards.json: cannot be written (Read-only file system)"
+        assert line.startswith(f"error: {tmp_path}/new/lock: cannot be written (Read-only file system); make")
+        assert line.endswith("or choose another folder with --out")
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", refuse)
         line = refusal(capfd, "shard", corpus, "--out", tmp_path / "new", "--workers", 1)
         assert "cannot be written (Read-only file system)" in line
     (tmp_path / "file").touch()
-    assert "(Not a directory)" in refusal(capfd, "shard", corpus, "--out", tmp_path / "file", "--workers", 1)
+    line = refusal(capfd, "shard", corpus, "--out", tmp_path / "file", "--workers", 1)
+    assert line == f"error: {tmp_path}/file: a file, not a folder; choose another with --out"
 
 
 def test_a_shard_that_cannot_be_opened_is_refused(tmp_path: Path):
@@ -622,7 +667,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
         assert f"{foreign / name}: is there, but no shards.json" in refusal(
             capfd, "shard", corpus, "--out", foreign, *size
         )
-        assert list(content(foreign)) == [name]
+        assert os.listdir(foreign) == [name]
 
 
 def test_wrong_use_is_two(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):

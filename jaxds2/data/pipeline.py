@@ -5,10 +5,8 @@ of the loader is the number of the next step.
 """
 
 import gc
-import os
 import signal
 import sys
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.data.shards import Recordings
 from jaxds2.data.strings import SharedStrings
 from jaxds2.text import Vocabulary
+from jaxds2.worker import prepare_worker
 
 _NO_RECORD = -1
 """In place of a shard's record: the file is the recording itself."""
@@ -161,18 +160,8 @@ def _own(x: np.ndarray) -> np.ndarray:
 def _start_worker(index: int, count: int) -> None:
     """Leave signals to the training process, which saves and closes us; but never outlive it."""
     del index, count
-    import multiprocessing
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare_worker()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 class _Steps:

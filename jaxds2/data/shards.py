@@ -3,6 +3,7 @@
     index.jsonl                 the manifest: each line names a shard, and the number of its recording there
     shards.json                 what the folder holds: sizes and checksums
     shard-00000.arrayrecord     recordings, in the order of the manifest, each with its line of it
+    lock                        who packs here, or did last; nobody else reads it
 
 A recording is the bytes of its file, as they were. Which ones stand in which shard depends on the manifest, the sizes
 of the files and the size of a shard alone, so that packing can stop anywhere and go on, with any number of processes,
@@ -17,7 +18,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import stat
 import struct
 import sys
@@ -35,6 +35,8 @@ from tqdm import tqdm
 from jaxds2.audio import AudioError, EncodedAudio
 from jaxds2.data.manifest import INDEX, Utterance, manifest_digest, manifest_path, read_manifest, to_record
 from jaxds2.files import replacing, write_whole
+from jaxds2.lock import FolderLock
+from jaxds2.worker import prepare_worker
 
 if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordReader
@@ -287,8 +289,8 @@ def write_shards(
 ) -> Path:
     """Pack a manifest and its recordings into `out`.
 
-    Where an earlier call stopped, this one goes on: shards that stand there are verified by their checksums and kept, a
-    damaged one is packed again and named on stderr.
+    Where an earlier call stopped, or was killed, this one goes on: shards that stand there are verified by their
+    checksums and kept, a damaged one is packed again and named on stderr.
 
     Args:
       manifest: path; its recordings are read as files and not decoded.
@@ -304,6 +306,7 @@ def write_shards(
       ManifestError: as `read_manifest`.
       ShardError: a recording cannot be read (none is left out: there is no index then), `out` holds something else, or
         a process died.
+      LockError: another process packs into `out`, or it cannot be written.
       WriteError: `out` cannot be written.
     """
     manifest, out = Path(manifest), Path(out)
@@ -317,20 +320,27 @@ def write_shards(
             f"{manifest}: its recordings are in shards already; give the manifest that they were packed from"
         )
     sizes = _sizes(manifest, utterances, progress)
-    ranges = partition(sizes, shard_bytes)
-    contents = _claim(
-        out,
-        Contents(
-            version=VERSION,
-            manifest_digest=manifest_digest(utterances),
-            source_digest=_source_digest(utterances, sizes),
-            shard_bytes=shard_bytes,
-            index_sha256=None,
-            shards=(),
-        ),
-        manifest,
+    ours = Contents(
+        version=VERSION,
+        manifest_digest=manifest_digest(utterances),
+        source_digest=_source_digest(utterances, sizes),
+        shard_bytes=shard_bytes,
+        index_sha256=None,
+        shards=(),
     )
-    workers = workers or os.cpu_count() or 1
+    _look(out, ours, manifest)  # a folder of something else gets no lock either
+    with FolderLock(out, does="packs", option="--out") as lock:
+        lock.take()
+        contents = _claim(out, ours, manifest)
+        _fill(out, contents, utterances, sizes, workers or os.cpu_count() or 1, progress)
+    return out / INDEX
+
+
+def _fill(
+    out: Path, contents: Contents, utterances: Sequence[Utterance], sizes: Sequence[int], workers: int, progress: bool
+) -> None:
+    """The shards that are missing or damaged, and the index. Raises ShardError, WriteError."""
+    ranges = partition(sizes, contents.shard_bytes)
     finished = _verified(out, contents, workers, progress)
     kept = len(finished)
     names = [f"shard-{number:05}{_SUFFIX}" for number in range(len(ranges))]
@@ -360,7 +370,6 @@ def write_shards(
         f"{out}: {len(utterances)} utterances, {hours:.2f} hours; shards: {len(names)}, {size / 1e6:.1f} MB, "
         f"{len(names) - kept} packed now"
     )
-    return out / INDEX
 
 
 def _sizes(manifest: Path, utterances: Sequence[Utterance], progress: bool) -> list[int]:
@@ -398,15 +407,14 @@ def _source_digest(utterances: Sequence[Utterance], sizes: Sequence[int]) -> str
     return digest.hexdigest()
 
 
-def _claim(out: Path, ours: Contents, manifest: Path) -> Contents:
-    """What is in `out` already, which is ours. Raises ShardError: it is not."""
+def _look(out: Path, ours: Contents, manifest: Path) -> Contents | None:
+    """What is in `out` already, which is ours; None: nothing. Raises ShardError: it is not ours."""
     if not (out / CONTENTS).exists():
         if strange := next((p for p in (out / INDEX, *out.glob(f"*{_SUFFIX}*")) if p.exists()), None):
             raise ShardError(
                 f"{strange}: is there, but no {CONTENTS} that says what it is; choose another folder as --out"
             )
-        _write_contents(out, ours)
-        return ours
+        return None
     theirs = _read_contents(out)
     other = "choose another folder as --out, or delete this one"
     if theirs.manifest_digest != ours.manifest_digest:
@@ -420,6 +428,14 @@ def _claim(out: Path, ours: Contents, manifest: Path) -> Contents:
             f"{out}: the audio files or speakers of {manifest} have changed since it was packed there; {other}"
         )
     return theirs
+
+
+def _claim(out: Path, ours: Contents, manifest: Path) -> Contents:
+    """What is in `out`, which is ours, or will be from now on. Raises as `_look`, and WriteError."""
+    if (there := _look(out, ours, manifest)) is not None:
+        return there
+    _write_contents(out, ours)
+    return ours
 
 
 def _read_contents(folder: Path) -> Contents:
@@ -530,8 +546,7 @@ def _in_processes(
             yield name, function(*task)
         return
     context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, ignore)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, prepare_worker)
     try:
         futures = {pool.submit(function, *task): name for name, task in tasks.items()}
         for done in as_completed(futures):

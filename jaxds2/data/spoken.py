@@ -23,7 +23,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 from collections import Counter
@@ -40,6 +39,7 @@ from jaxds2.audio import AudioError, probe_audio
 from jaxds2.data.manifest import Utterance, write_manifest
 from jaxds2.evaluation.sclite import Words, format_ctm
 from jaxds2.files import write_whole
+from jaxds2.worker import prepare_worker
 
 RECIPE = 1
 """Raise it when the sound of a prompt changes: a corpus of an older recipe is spoken anew."""
@@ -406,8 +406,7 @@ def _check_voices(voices: Collection[str]) -> None:
 def _speak_apart(prompts: Sequence[Prompt], out: Path) -> None:
     """Speak the prompts of one voice in a process of their own, which leaves an interrupt to its parent."""
     context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(1, mp_context=context, initializer=signal.signal, initargs=ignore) as process:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=prepare_worker) as process:
         try:
             process.submit(_speak_voice, prompts, out).result()
         except BrokenProcessPool:

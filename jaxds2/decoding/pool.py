@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from jaxds2.config import ConfigError
 from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.worker import prepare_worker
 
 AHEAD = 32
 """Items for each process that may wait, so that none is idle while the device works on the next batch."""
@@ -84,7 +84,7 @@ def open_pool(make: Callable[[], Callable[[Item], Result]], workers: int) -> Ite
 
 def _prepare(make: Callable[[], Callable[[Any], Any]]) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the process that started this one speaks
+    prepare_worker()
     _work = make()
 
 

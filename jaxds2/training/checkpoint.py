@@ -73,7 +73,7 @@ class Checkpoints:
     """The checkpoints of one run: the two newest, and the best by dev WER.
 
     Saving goes on in a thread. A checkpoint is there whole or not at all, whenever the process is killed. Close this,
-    or use it as a context manager, so that the last save is waited for. One process at a time may save (training.lock
+    or use it as a context manager, so that the last save is waited for. One process at a time may save (the run's lock
     sees to it); others may read.
     """
 

@@ -25,6 +25,7 @@ from jaxds2.data.plan import BatchPlan
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
+from jaxds2.lock import FolderLock
 from jaxds2.model import mosaic
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
@@ -38,7 +39,6 @@ from jaxds2.training.compilation import (
     shapes_ahead,
     temporary_bytes,
 )
-from jaxds2.training.lock import RunLock
 from jaxds2.training.monitor import Monitor
 from jaxds2.training.optimizer import make_optimizer
 from jaxds2.training.selection import num_updates, read_dev_data, read_training_data, training_plan
@@ -128,7 +128,7 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       OutOfMemoryError: it cannot go on; the last checkpoint is intact.
       CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
-    with RunLock(run_dir) as lock, StopSignal() as signalled:
+    with FolderLock(run_dir, does="trains", option="--run") as lock, StopSignal() as signalled:
         hosts.agree(_start(config, run_dir))
         with Checkpoints(run_dir / "checkpoints") as checkpoints:
             return _train(config, run_dir, lock, checkpoints, signalled, progress)
@@ -153,7 +153,7 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def _train(
-    config: Config, run_dir: Path, lock: RunLock, checkpoints: Checkpoints, signalled: StopSignal, progress: bool
+    config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpoints, signalled: StopSignal, progress: bool
 ) -> int:
     stop, writes = hosts.SharedStop(signalled), jax.process_index() == 0
     source = None
