@@ -520,7 +520,7 @@ def _write_index(
     names: Sequence[str],
     ranges: Sequence[tuple[int, int]],
 ) -> None:
-    """The index, and last in `shards.json` its checksum; nothing where both are there."""
+    """First the checksum of the index in `shards.json`, last the index; nothing where both are there."""
     index = out / INDEX
     if contents.index_sha256 is not None and index.is_file() and _sha256(index) == contents.index_sha256:
         return
