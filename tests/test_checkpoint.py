@@ -352,6 +352,37 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(sa
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30", "40"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_so_is_its_score(tmp_path: Path, monkeypatch):
+    synced, done = set(), []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record_fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record(name):
+        def move(source, target):
+            source = Path(source)
+            if source.parent == tmp_path or source.name == "MANIFEST.partial":
+                below = [source, *source.rglob("*")]
+                done.append((name, Path(target).name, all(p.stat().st_ino in synced for p in below)))
+                synced.clear()
+            (rename if name == "rename" else replace)(source, target)
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record("rename"))
+    monkeypatch.setattr(os, "replace", record("replace"))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, make_state(), meta={})
+        checkpoints.wait()
+        assert synced == {tmp_path.stat().st_ino}  # its name too, before older ones go
+        checkpoints.rescore(10, 0.5)
+        assert synced == {(tmp_path / "10").stat().st_ino}
+    assert done == [("rename", "10", True), ("replace", "MANIFEST", True)]
+
+
 @pytest.fixture
 def full_disk():
     """Writes of more than 64 KiB to a file fail, as on a full disk, once the returned function is called with True."""

@@ -1,5 +1,6 @@
 """A file is written whole or not at all, and a refusal is one line that names it."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -89,6 +90,42 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert str(caught.value).endswith("(No space left on device); make room, then run the same command again")
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_what_is_durable_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_block_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, done = tmp_path / "file.txt", []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        done.append("named")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", record_fsync)
+    monkeypatch.setattr("os.replace", record_replace)
+    write_whole(path, "new", durable=True)
+    assert done == [path.stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EIO, True), (errno.EINVAL, False), (errno.ENOTSUP, False)])
+def test_a_disk_that_fails_is_an_error_and_a_file_system_that_cannot_say_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, refused: bool
+):
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "file.txt"
+    write_whole(path, "old")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(WriteError, match=os.strerror(number)) if refused else contextlib.nullcontext():
+        write_whole(path, "new", durable=True)
+    assert path.read_text() == ("old" if refused else "new")
     assert os.listdir(tmp_path) == ["file.txt"]
 
 

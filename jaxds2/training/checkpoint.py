@@ -6,13 +6,12 @@ A checkpoint is a folder named by its step:
     MANIFEST    a line of JSON: format, step, dev WER, meta; shape, dtype and SHA-256 of each array (`leaves`); bytes
                 and SHA-256 of each file (`files`). Then a line with the SHA-256 of that line (`head -1 | sha256sum`).
 
-It is written under another name, read back and compared with what was to be saved; the manifest comes last, then the
-folder gets its name, and only then do older ones go. orbax by itself restores a flipped bit without a word.
-See docs/adr/0007.
+It is written under another name, read back and compared with what was to be saved; the manifest comes last; all of it
+goes through to the disk, then the folder gets its name, and only then do older ones go. orbax by itself restores a
+flipped bit without a word. See docs/adr/0007.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxds2.files import lacks_room, write_whole
+from jaxds2.files import lacks_room, sync, write_whole
 
 FORMAT = 2
 """Of the checkpoints that are written. Format 1 had no manifest; it is still read, and its arrays checked."""
@@ -134,14 +133,14 @@ class Checkpoints:
             manifest["leaves"] = {path: _describe(path, array) for path, array in arrays.items()}
             self._read_arrays(folder, manifest["leaves"], arrays)
             manifest["files"] = _files(folder)
-            with (folder / _MANIFEST).open("wb") as file:
-                file.write(_encode(manifest))
-                _sync(file.fileno())
+            (folder / _MANIFEST).write_bytes(_encode(manifest))
+            for path in (folder, *folder.rglob("*")):
+                sync(path)
             os.rename(folder, self.root / str(step))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # makes room again
             raise
-        _sync_folder(self.root)
+        sync(self.root)
         self._delete_old()
 
     def _remove_unfinished(self) -> None:
@@ -240,7 +239,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             manifest, folder = self._manifest(step), self.root / str(step)
             manifest |= {"format": FORMAT, "files": manifest["files"] or _files(folder), "wer": wer}
-            write_whole(folder / _MANIFEST, _encode(manifest))
+            write_whole(folder / _MANIFEST, _encode(manifest), durable=True)
         multihost_utils.sync_global_devices("rescored")
 
     def resolve(self, which: str | int) -> int:
@@ -459,15 +458,13 @@ def _describe(path: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file below a folder but the manifest, all of them written through to the disk."""
+    """Bytes and SHA-256 of every file below a folder but the manifest."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {p.relative_to(folder).as_posix(): _sum(p, sync=True) for p in found}
+    return {p.relative_to(folder).as_posix(): _sum(p) for p in found}
 
 
-def _sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
+def _sum(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        if sync:
-            _sync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -478,23 +475,6 @@ def _encode(manifest: dict[str, Any]) -> bytes:
 
 def _seal(line: bytes) -> bytes:
     return hashlib.sha256(line + b"\n").hexdigest().encode() + b"\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    """Through to the disk, where the file system can say so."""
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
 
 
 def _lowest(wers: dict[int, float | None]) -> int | None:
