@@ -352,6 +352,61 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(sa
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30", "40"]
 
 
+def refuse_old_name(monkeypatch):
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda source, to: rename(source, to) if Path(source).name != "10" else refuse())
+
+
+def refuse_to_delete(monkeypatch):
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **k: refuse() if Path(path).name == "10.partial" else rmtree(path)
+    )
+
+
+def refuse_to_sync_names(monkeypatch):
+    monkeypatch.setattr(
+        "jaxds2.training.checkpoint.sync", lambda path: refuse() if path.name == "checkpoints" else None
+    )
+
+
+def refuse():
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "somewhere")
+
+
+NOT_DELETED = (
+    r"checkpoints: step {step} is saved, but older checkpoints could not be deleted \(Device or resource busy\)"
+)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "warnings"),
+    [
+        (refuse_old_name, [NOT_DELETED.format(step=30), NOT_DELETED.format(step=40)]),
+        (refuse_to_sync_names, [NOT_DELETED.format(step=30), NOT_DELETED.format(step=40)]),
+        (refuse_to_delete, [r"checkpoints/10.partial: cannot be deleted \(Device or resource busy\)"] * 2),
+    ],
+)
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_no_failed_save(
+    tmp_path: Path, monkeypatch, caplog, refusal, warnings
+):
+    state = {"params": {"w": jnp.float32(1)}, "ema": None}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, state, meta={})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            refusal(patch)
+            for step in (30, 40):
+                checkpoints.save(step, state, meta={})
+            checkpoints.wait()
+        assert len(caplog.messages) == len(warnings)
+        assert all(re.search(f"^warning: .*{w}$", m) for w, m in zip(warnings, caplog.messages, strict=True))
+        assert bits(checkpoints.restore(40, state)) == bits(state)
+        checkpoints.save(50, state, meta={})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["40", "50"]
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_so_is_its_score(tmp_path: Path, monkeypatch):
     synced, done = set(), []
     fsync, rename, replace = os.fsync, os.rename, os.replace

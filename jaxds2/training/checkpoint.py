@@ -140,13 +140,28 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # makes room again
             raise
-        sync(self.root)
-        self._delete_old()
+        try:
+            sync(self.root)
+            self._delete_old()
+        except (OSError, CheckpointError) as e:
+            _log.warning(
+                "warning: %s: step %d is saved, but older checkpoints could not be deleted (%s)",
+                self._shown,
+                step,
+                _reason(e),
+            )
 
     def _remove_unfinished(self) -> None:
         """What a run left that was killed while it saved or deleted; nobody else is writing here."""
         for unfinished in (*self.root.glob(f"*{_UNFINISHED}"), *self.root.glob("*.orbax-checkpoint-tmp")):
+            self._delete(unfinished)
+
+    def _delete(self, unfinished: Path) -> None:
+        """Delete what is no checkpoint any more. What cannot go is no reason not to save: the next save tries again."""
+        try:
             shutil.rmtree(unfinished)
+        except OSError as e:
+            _log.warning("warning: %s: cannot be deleted (%s)", self._shown / unfinished.name, _reason(e))
 
     def _delete_old(self) -> None:
         wers: dict[int, float | None] = {}
@@ -156,7 +171,7 @@ class Checkpoints:
         for step in wers.keys() - {*self._on_disk()[-KEPT:], _lowest(wers)}:
             unfinished = self.root / f"{step}{_UNFINISHED}"
             os.rename(self.root / str(step), unfinished)  # else a kill would leave half a checkpoint under its name
-            shutil.rmtree(unfinished)
+            self._delete(unfinished)
 
     def wait(self) -> None:
         """Wait until the save under way is on disk, verified.
