@@ -74,6 +74,27 @@ def test_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path):
         assert bits(checkpoints.restore(1, template)) == expected
 
 
+def test_of_several_processes_only_the_first_copies_the_state_to_its_host(tmp_path: Path, monkeypatch):
+    """That all take part in gathering what is split is in tests/test_hosts.py."""
+    copied = []
+
+    class Leaf:
+        def __array__(self, dtype=None, copy=None):
+            copied.append(self)
+            return np.zeros(3, np.float32)
+
+    state = {"params": {"w": Leaf(), "b": Leaf()}, "ema": None}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, meta={})
+        checkpoints.wait()
+        assert copied == [state["params"]["b"], state["params"]["w"]]
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        checkpoints.save(2, state, meta={})
+        assert len(copied) == 2
+        assert checkpoints.last() == 2  # saved by the first
+    assert os.listdir(tmp_path) == ["1"]
+
+
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(2, 1), (1, 2), (2, 2)])
 def test_restored_arrays_have_the_shardings_of_the_template(tmp_path: Path, saved_on: int, restored_on: int):
     state = make_state()

@@ -113,14 +113,19 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             raise CheckpointError(f"{self._shown}: step {step} could not be saved, it is there already")
-        # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
-        arrays = {path: _whole(leaf) for path, leaf in _flatten(state).items()}
+        arrays: dict[str, np.ndarray] = {}
+        writes = jax.process_index() == 0
+        for path, leaf in _flatten(state).items():
+            whole = _whole(leaf)  # all take part, the others keep none
+            if writes:
+                # A copy: on a CPU a view would share the buffers that the next step is given to overwrite.
+                arrays[path] = np.array(whole)
+        if not writes:
+            self._elsewhere.add(step)
+            return
         manifest = {"format": FORMAT, "step": step, "wer": None, "meta": meta}
         if wer is not None and math.isfinite(wer):
             manifest["wer"] = wer
-        if jax.process_index() > 0:
-            self._elsewhere.add(step)
-            return
         self._saving = step, self._writer.submit(self._write, step, arrays, manifest)
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
@@ -516,11 +521,11 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _whole(leaf: Any) -> np.ndarray:
-    """A copy of an array on the host, put together where it is split over devices of several processes."""
+def _whole(leaf: Any) -> Any:
+    """An array as it is, put together where it is split over devices of several processes, in which all take part."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.array(leaf)
+    return leaf
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
