@@ -97,7 +97,8 @@ def join(cluster: Cluster, *, timeout_s: float = JOIN_TIMEOUT) -> Iterator[None]
     """Find the other processes; to be entered before anything asks JAX for a device.
 
     Inside, all end together: the block is left when all have come to its end, and an error in one ends all the others
-    within seconds, each with one line that says which failed and why.
+    within seconds, each with one line that says which failed and why. They leave with 1, but with 75,
+    stopped and resumable, where that one is gone without a word.
 
     Raises:
       HostsError: some had not come when the time was over, and it names them; or another process failed.
@@ -125,7 +126,7 @@ def join(cluster: Cluster, *, timeout_s: float = JOIN_TIMEOUT) -> Iterator[None]
             if failure is None:
                 raise
         if failure is not None:
-            _leave_without_waiting(1)
+            _leave_without_waiting(lifeline.code)
             raise HostsError(f"{failure}; process {cluster.process} cannot go on alone")
 
 

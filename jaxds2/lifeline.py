@@ -16,6 +16,10 @@ from collections.abc import Mapping
 GRACE = 5.0
 """Seconds that a process has to end by itself, when it has heard that another failed."""
 
+FAILED, LOST = 1, 75
+"""Exit codes of those that cannot go on: for an error, which would come again; where one is gone without a word, which
+may go well when all start again from the last checkpoint."""
+
 _SILENT = "killed, out of memory, or its host or network is down; nothing was heard of it any more"
 
 
@@ -33,6 +37,7 @@ class Lifeline:
         self._process, self._peers, self._grace = process, dict(peers), grace_s
         self._change = threading.Condition()
         self._failure: str | None = None
+        self._code = FAILED
         self._done: set[int] = set()
         self._gone: set[int] = set()
         self._ended = False
@@ -64,6 +69,11 @@ class Lifeline:
         with self._change:
             self._change.wait_for(lambda: self._failure is not None, wait_s)
             return self._failure
+
+    @property
+    def code(self) -> int:
+        """With what this process leaves once another has failed: FAILED or LOST."""
+        return self._code
 
     def tell(self, why: str) -> None:
         """Say to all others that this process fails; process 0 stays until they have left.
@@ -112,7 +122,7 @@ class Lifeline:
                     if not received:
                         selector.unregister(key.fileobj)
                         if key.data not in self._done:
-                            self._hear(key.data, f"failed {key.data} {_SILENT}")
+                            self._hear(key.data, f"lost {key.data} {_SILENT}")
                         with self._change:
                             self._gone.add(key.data)
                             self._change.notify_all()
@@ -130,7 +140,8 @@ class Lifeline:
             if line == "done":
                 self._done.add(number)
             elif self._failure is None:
-                _, process, why = line.split(" ", 2)
+                what, process, why = line.split(" ", 2)
+                self._code = LOST if what == "lost" else FAILED
                 self._failure = f"process {process} failed: {why}"
                 self._send(line, {n: peer for n, peer in self._peers.items() if self._process == 0 and n != number})
             self._change.notify_all()
@@ -141,4 +152,4 @@ class Lifeline:
             if self._ended:
                 return
             print(f"error: {self._failure}; process {self._process} cannot go on alone", file=sys.stderr, flush=True)
-            os._exit(1)
+            os._exit(self._code)

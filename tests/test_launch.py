@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxds2.config import load_config
-from jaxds2.hosts import Cluster, find_cluster
+from jaxds2.hosts import JOIN_TIMEOUT, Cluster, find_cluster
 from jaxds2.training.loop import STOPPED
 
 yaml = pytest.importorskip("yaml", reason="Kubernetes' file is read by PyYAML")
@@ -104,7 +104,6 @@ def test_a_pod_that_was_stopped_is_made_anew_and_not_counted(kubernetes):
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["restartPolicy"] == "Never"  # a failure policy of pods wants it
-    assert spec["backoffLimit"] >= spec["completions"]
     rules = spec["podFailurePolicy"]["rules"]
     codes = {rule["onExitCodes"]["values"][0]: rule for rule in rules if "onExitCodes" in rule}
     assert {code: rule["action"] for code, rule in codes.items()} == {STOPPED: "Ignore", 2: "FailJob"}
@@ -113,6 +112,21 @@ def test_a_pod_that_was_stopped_is_made_anew_and_not_counted(kubernetes):
         assert rule["onExitCodes"]["containerName"] == container["name"]
     assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules
     assert pod["terminationGracePeriodSeconds"] >= 60
+
+
+def test_a_failure_in_all_pods_counts_once_however_many_they_are(kubernetes):
+    """When one fails all leave, each with a code of its own; one fault would use up a limit over all of them."""
+    spec = kubernetes[1]["spec"]
+    assert spec["backoffLimitPerIndex"] >= 1
+    assert "backoffLimit" not in spec
+    assert spec["maxFailedIndexes"] == 0  # the others would wait for one that is not made anew
+
+
+def test_the_pods_wait_for_one_that_comes_from_another_node(kubernetes):
+    (container,) = kubernetes[1]["spec"]["template"]["spec"]["containers"]
+    args = container["args"]
+    assert all(isinstance(value, str) for value in args)
+    assert int(args[args.index("--join-timeout") + 1]) > JOIN_TIMEOUT
 
 
 def test_data_and_run_of_the_pods_lie_on_the_volume_that_all_see(kubernetes):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxds2.lifeline import Lifeline
+from jaxds2.lifeline import FAILED, LOST, Lifeline
+from jaxds2.training.loop import STOPPED
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,14 +31,28 @@ def test_all_hear_which_process_failed_and_why():
         assert zero.failure() is None
         one.tell("the disk\nis gone")
         assert zero.failure(30) == two.failure(30) == "process 1 failed: the disk is gone"
+        assert zero.code == two.code == FAILED == 1
 
 
-def test_a_process_that_is_gone_without_a_word_is_named():
+def test_a_process_that_is_gone_without_a_word_is_named_and_the_others_may_start_again():
     zero, one, two = lines(3)
     with zero, one:
         with two:
             pass
-        assert (one.failure(30) or "").startswith("process 2 failed: killed, out of memory, or")
+        for end in (zero, one):
+            assert (end.failure(30) or "").startswith("process 2 failed: killed, out of memory, or")
+            assert end.code == LOST == STOPPED
+
+
+def test_an_error_stays_one_though_those_that_leave_are_gone_too():
+    zero, one, two = lines(3)
+    with zero, two:
+        with one:
+            one.tell("the disk is gone")
+        assert two.failure(30)
+        assert zero.failure(30)
+        two.__exit__()
+        assert zero.code == two.code == FAILED
 
 
 def test_nobody_is_done_before_all_are():
@@ -64,31 +79,37 @@ def test_a_failure_is_heard_by_those_that_are_at_their_end():
         heard.join()
 
 
-def test_a_process_that_still_waits_after_the_grace_is_ended():
+@pytest.mark.parametrize(
+    ("other", "code", "why"),
+    [("b.sendall(b'failed 1 no disk\\n')", FAILED, "no disk"), ("b.close()", LOST, "killed, out of memory")],
+)
+def test_a_process_that_still_waits_after_the_grace_is_ended(other, code, why):
     program = (
         "import socket, time; from jaxds2.lifeline import Lifeline\n"
         "s = socket.create_server(('localhost', 0)); a = socket.create_connection(s.getsockname()); b = s.accept()[0]\n"
     )
-    program += "with Lifeline(0, {1: a}, grace_s=0.1): b.sendall(b'failed 1 no disk\\n'); time.sleep(9999)"
+    program += f"with Lifeline(0, {{1: a}}, grace_s=0.1): {other}; time.sleep(9999)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 1
-    assert done.stderr == "error: process 1 failed: no disk; process 0 cannot go on alone\n"
+    assert done.returncode == code
+    assert done.stderr.startswith(f"error: process 1 failed: {why}")
+    assert done.stderr.endswith("; process 0 cannot go on alone\n")
 
 
 @pytest.mark.parametrize(
-    ("how", "fails", "code", "says"),
+    ("how", "fails", "codes", "says"),
     [
-        ("error", 1, 1, "[0] error: process 1 failed: the disk of this host is gone; process 0 cannot go on alone"),
-        ("error", 0, 1, "[1] error: process 0 failed: the disk of this host is gone; process 1 cannot go on alone"),
-        ("kill", 1, 137, "[0] error: process 1 failed: killed, out of memory, or its host or network is down"),
+        ("error", 1, [1, 1], "[0] error: process 1 failed: the disk of this host is gone; process 0 cannot go on"),
+        ("error", 0, [1, 1], "[1] error: process 0 failed: the disk of this host is gone; process 1 cannot go on"),
+        ("kill", 1, [STOPPED, 137], "[0] error: process 1 failed: killed, out of memory, or its host or network is"),
     ],
 )
-def test_when_one_process_fails_the_others_end_with_a_line_that_names_it(how, fails, code, says):
+def test_when_one_process_fails_the_others_end_with_a_line_that_names_it(how, fails, codes, says):
+    leave = '"$@"; code=$?; echo "left with $code"; exit $code'
     command = [sys.executable, "launch/local.py", "--processes", "2", "--cpu-devices", "1", "--grace", "100", "--"]
     done = subprocess.run(
-        [*command, sys.executable, "tests/failing_process.py", how, str(fails)],
+        [*command, "bash", "-c", leave, "bash", sys.executable, "tests/failing_process.py", how, str(fails)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -96,8 +117,8 @@ def test_when_one_process_fails_the_others_end_with_a_line_that_names_it(how, fa
         timeout=90,  # the launcher would end the others after 100
         check=False,
     )
-    # The launcher looks 20 times a second: where both have ended since, it gives the code of process 0.
-    assert done.returncode in {code, 1}, done.stdout
+    assert [f"[{i}] left with {code}" in done.stdout for i, code in enumerate(codes)] == [True, True], done.stdout
+    assert done.returncode == codes[fails]
     assert says in done.stdout
     assert done.stdout.count("error: ") == (1 if how == "kill" else 2)
     assert "Traceback" not in done.stdout
