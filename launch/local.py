@@ -2,9 +2,9 @@
 
     python launch/local.py --processes 2 -- python train.py --config configs/demo.py
 
-Each gets `--coordinator`, `--processes` and `--process`, and its lines are printed with its number. A signal is passed
-on to all. When one fails the others are ended. Exit code: that of the first that failed; 75 where any was stopped and
-can be resumed; else 0.
+Each gets `--coordinator`, `--processes` and `--process`, and its lines are printed with its number. SIGINT and SIGTERM
+are passed on to all. When one fails the others are ended. Exit code: that of the first that failed; 75 where any was
+stopped and can be resumed; else 0.
 """
 
 import argparse
@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nobody handles it, so it would end them unsaved
     for i in range(arguments.processes):
         child = subprocess.Popen(
             [*command, *together, "--process", str(i)],

@@ -46,7 +46,8 @@ def test_when_one_fails_the_others_are_ended(tmp_path):
             os.kill(int(path.name), 0)
 
 
-def test_a_signal_reaches_all_processes(tmp_path):
+@pytest.mark.parametrize("before", [[], [signal.SIGUSR1]])
+def test_a_signal_that_stops_reaches_all_processes_and_another_ends_none(tmp_path, before):
     program = NUMBER + (
         "import signal, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
         f"open(r'{tmp_path}/' + str(i), 'w'); time.sleep(99)"
@@ -54,5 +55,6 @@ def test_a_signal_reaches_all_processes(tmp_path):
     child = subprocess.Popen(launched(program))
     while len(list(tmp_path.iterdir())) < 2:
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    for number in [*before, signal.SIGTERM]:
+        child.send_signal(number)
     assert child.wait() == 75
