@@ -15,8 +15,6 @@ from jaxds2.config import load_config
 from jaxds2.hosts import JOIN_TIMEOUT, Cluster, find_cluster
 from jaxds2.training.loop import STOPPED
 
-yaml = pytest.importorskip("yaml", reason="Kubernetes' file is read by PyYAML")
-
 ROOT = Path(__file__).parents[1]
 BATCH = ROOT / "launch/slurm.sbatch"
 
@@ -64,17 +62,22 @@ def test_slurm_lets_all_processes_save_before_any_is_killed(tmp_path):
     assert options["ntasks-per-node"] == "1"
 
 
-def test_the_batch_script_is_sound_by_shellcheck():
-    program = shutil.which("shellcheck")
-    if program is None:
-        pytest.skip("shellcheck is not on the PATH")
-    done = subprocess.run([program, str(BATCH)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize(
+    "command",
+    [["shellcheck", str(BATCH)], ["kubernetes-validate", "--strict", str(ROOT / "launch/kubernetes.yaml")]],
+    ids=lambda command: command[0],
+)
+def test_the_files_are_sound_by_programs_made_for_it(command):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not on the PATH")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def kubernetes() -> tuple[dict, dict]:
     """The service and the job."""
+    yaml = pytest.importorskip("yaml", reason="Kubernetes' file is read by PyYAML")
     service, job = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
     assert (service["kind"], service["apiVersion"]) == ("Service", "v1")
     assert (job["kind"], job["apiVersion"]) == ("Job", "batch/v1")
@@ -110,7 +113,8 @@ def test_a_pod_that_was_stopped_is_made_anew_and_not_counted(kubernetes):
     for rule in codes.values():
         assert rule["onExitCodes"]["operator"] == "In"
         assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules
+    disruption = {"type": "DisruptionTarget", "status": "True"}
+    assert {"action": "Ignore", "onPodConditions": [disruption]} in rules
     assert pod["terminationGracePeriodSeconds"] >= 60
 
 
