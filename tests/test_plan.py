@@ -1,6 +1,7 @@
 """Batching: everything once per epoch, everything fits its shape, the least padding, and no hidden state."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.config import DataConfig
+from jaxds2.config import DataConfig, load_config
 from jaxds2.data.manifest import Utterance
 from jaxds2.data.plan import BatchPlan, Bucket, PlanError, bucket_edges, fewest_samples, select_utterances
 from jaxds2.text import TextError, Vocabulary
 
+ROOT = Path(__file__).parents[1]
 RATE = 16_000
 law = settings(max_examples=50)
 
@@ -188,6 +190,22 @@ def test_edges_cover_all_lengths_on_a_grid_of_few_points(lengths, num_buckets):
     assert edges[-1] >= max(lengths)
     assert (edges % 160 == 0).all()
     assert edges[-1] - max(lengths) < 160 * (max(lengths) // (160 * 7) + 1)
+
+
+@pytest.mark.parametrize("num_buckets", [8, 12])
+def test_padding_of_librispeech_is_within_half_a_point_of_the_least(num_buckets):
+    """The least that so many shapes allow: edges of 10 ms fitted to each epoch's own lengths, and no filler rows."""
+    config = load_config(ROOT / "configs/librispeech_960.py", [f"data.num_buckets={num_buckets}"])
+    histogram = json.loads((ROOT / "configs/durations/librispeech_960.json").read_text(encoding="utf-8"))
+    bins_N = np.repeat(np.arange(len(histogram["counts"])), histogram["counts"])
+    durations_N = (bins_N + np.random.default_rng(0).random(len(bins_N))) * histogram["seconds_per_bin"]
+    labels_N = np.rint(durations_N * histogram["characters_per_second"])
+    plan = BatchPlan(durations_N, labels_N, digest="", data=config.data, seed=0, speed=config.augment.speed)
+    for epoch in range(2):
+        lengths_N = plan.lengths(epoch)
+        edges_K = bucket_edges(lengths_N, num_buckets, max_points=4096)
+        least = 1 - lengths_N.sum() / edges_K[np.searchsorted(edges_K, lengths_N)].sum()
+        assert least <= plan.padding_share(epoch) <= least + 0.005
 
 
 @law
