@@ -1,7 +1,10 @@
 """LibriSpeech train-clean-100: 100.6 hours by 251 speakers; one GPU, and results on the official test sets.
 
-    jaxds2 prepare librispeech --source PATH_TO_LIBRISPEECH --out data/librispeech \\
+    jaxds2 prepare librispeech --download --out data/librispeech \\
         --splits train-clean-100 dev-clean test-clean test-other
+    for split in train-clean-100 dev-clean; do
+        jaxds2 shard data/librispeech/$split.jsonl --out data/librispeech/shards/$split
+    done
     python train.py --config configs/librispeech_100.py
 
 Hardware: one GPU with 24 GB or more.
@@ -15,8 +18,8 @@ from jaxds2.config import AugmentConfig, Config, DataConfig, ModelConfig, Optimi
 def get_config() -> Config:
     return Config(
         data=DataConfig(
-            train=("data/librispeech/train-clean-100.jsonl",),
-            dev="data/librispeech/dev-clean.jsonl",
+            train=("data/librispeech/shards/train-clean-100",),
+            dev="data/librispeech/shards/dev-clean",
             test=("data/librispeech/test-clean.jsonl", "data/librispeech/test-other.jsonl"),
             durations="configs/durations/librispeech_100.json",
             batch_seconds=480.0,

@@ -1,6 +1,10 @@
 """LibriSpeech, all 960.9 hours, for transcribing while someone speaks: unidirectional with a lookahead convolution.
 
-    jaxds2 prepare librispeech --source PATH_TO_LIBRISPEECH --out data/librispeech
+    jaxds2 prepare librispeech --download --out data/librispeech \\
+        --splits train-clean-100 train-clean-360 train-other-500 dev-clean test-clean test-other
+    for split in train-clean-100 train-clean-360 train-other-500 dev-clean; do
+        jaxds2 shard data/librispeech/$split.jsonl --out data/librispeech/shards/$split
+    done
     python train.py --config configs/librispeech_960_streaming.py
 
 An output frame waits for 16 frames of 40 ms (0.64 s) in the lookahead convolution, besides the 30 ms that the two
@@ -27,11 +31,11 @@ def get_config() -> Config:
     return Config(
         data=DataConfig(
             train=(
-                "data/librispeech/train-clean-100.jsonl",
-                "data/librispeech/train-clean-360.jsonl",
-                "data/librispeech/train-other-500.jsonl",
+                "data/librispeech/shards/train-clean-100",
+                "data/librispeech/shards/train-clean-360",
+                "data/librispeech/shards/train-other-500",
             ),
-            dev="data/librispeech/dev-clean.jsonl",
+            dev="data/librispeech/shards/dev-clean",
             test=("data/librispeech/test-clean.jsonl", "data/librispeech/test-other.jsonl"),
             durations="configs/durations/librispeech_960.json",
             batch_seconds=1600.0,

@@ -456,7 +456,7 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     fails(capfd, ["check", tmp_path / "gone.jsonl"], 2, "gone.jsonl")
     for field in ("data.train", "data.dev"):
         new = ["--config", config, "--run", tmp_path / "new", f"{field}={tmp_path}/gone.jsonl"]
-        fails(capfd, new, 2, f"{field}: no manifest {tmp_path}/gone.jsonl; write it with", entry=cli.train)
+        fails(capfd, new, 2, f"{field}: no manifest {tmp_path}/gone.jsonl", "jaxds2 shard", entry=cli.train)
     beam = [*arguments, "--decoder", "beam"]
     for option, value in (("--beam-width", "0"), ("--alpha", "nan"), ("--blank-threshold", "2"), ("--nbest", "-1")):
         fails(capfd, [*beam, option, value], 2, value, entry=cli.evaluate)

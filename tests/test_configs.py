@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxds2.config import load_config
+from jaxds2.data.corpora import LIBRISPEECH_SPLITS
 from jaxds2.features import num_frames
 from jaxds2.model.deepspeech2 import Apply, Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
@@ -45,6 +47,25 @@ def test_its_docstring_names_hardware_hours_and_expected_wer(path: Path):
 @pytest.mark.parametrize("name", ["an4", "librispeech_960", "librispeech_960_paper", "librispeech_960_streaming"])
 def test_the_long_runs_decode_in_at_least_two_processes(name: str):
     assert load_config(ROOT / f"configs/{name}.py").data.workers >= 2
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("librispeech")], ids=by_name)
+def test_the_commands_of_its_docstring_make_what_it_trains_on(path: Path):
+    """They are run by a shell, with stand-ins that print what they were given."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    commands = "\n".join(line for line in docstring.splitlines() if line.startswith("    "))
+    stand_ins = "jaxds2() { echo jaxds2 $@; }; python() { echo python $@; }\n"
+    done = subprocess.run(["bash", "-euc", stand_ins + commands], capture_output=True, text=True, check=True)
+    prepare, *shard, train = done.stdout.splitlines()
+    download, splits = prepare.split(" --splits ")
+    assert download == "jaxds2 prepare librispeech --download --out data/librispeech"
+    assert set(splits.split()) <= set(LIBRISPEECH_SPLITS)
+    data, manifests = load_config(path).data, [f"data/librispeech/{split}.jsonl" for split in splits.split()]
+    pairs = [line.removeprefix("jaxds2 shard ").split(" --out ") for line in shard]
+    assert [folder for _, folder in pairs] == [*data.train, data.dev]
+    assert [manifest for manifest, _ in pairs] + list(data.test) == manifests
+    assert all(Path(manifest).stem == Path(folder).name for manifest, folder in pairs)
+    assert train == f"python train.py --config configs/{path.name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_name)

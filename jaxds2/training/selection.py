@@ -72,7 +72,10 @@ def _unspelt(path: str, error: TextError) -> TextError:
 
 def _must_exist(path: str, field: str) -> None:
     if not Path(path).exists():
-        raise ConfigError(f"{field}: no manifest {path}; write it with `jaxds2 prepare`, or name another: {field}=FILE")
+        raise ConfigError(
+            f"{field}: no manifest {path}; write it with `jaxds2 prepare` (a folder of shards: `jaxds2 shard`), "
+            f"or name another: {field}=FILE"
+        )
 
 
 def _look_for(utterances: Sequence[Utterance], path: str) -> None:
