@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 BOUND_FLOAT64, BOUND_FLOAT32, FIRST = 1e-8, 1e-4, 50
 """Relative differences of the parameters at the end, by their global norm, and of each of the first losses."""
+
+SIGNALLED = "signalled"
+"""File of a run that was stopped: when SIGTERM came, in seconds since 1970."""
 
 
 @contextlib.contextmanager
@@ -78,8 +82,8 @@ def recorded(config: Any, path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_at(at: int, *, process: int) -> Iterator[None]:
-    """Inside, training's process of this number gets SIGTERM when it has reported this step."""
+def stopped_at(at: int, *, process: int, note: Path | None = None) -> Iterator[None]:
+    """Inside, training's process of this number gets SIGTERM when it has reported this step; `note` gets the time."""
     import jax
 
     from jaxds2.training.monitor import Monitor
@@ -89,6 +93,8 @@ def stopped_at(at: int, *, process: int) -> Iterator[None]:
     def advance_and_stop(self: Monitor, step: int, **values: float) -> None:
         advance(self, step, **values)
         if step == at and jax.process_index() == process:
+            if note is not None:
+                note.write_text(str(time.time()), encoding="utf-8")
             signal.raise_signal(signal.SIGTERM)
 
     Monitor.advance = advance_and_stop
@@ -147,7 +153,8 @@ def work(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, arguments.overrides)
         arguments.run.mkdir(parents=True, exist_ok=True)
         path = arguments.run / "draws.jsonl" if arguments.process == 0 else Path(os.devnull)
-        with recorded(config, path), stopped_at(arguments.stop_at, process=arguments.processes - 1):
+        note, last = arguments.run / SIGNALLED, arguments.processes - 1
+        with recorded(config, path), stopped_at(arguments.stop_at, process=last, note=note):
             return train(config, arguments.run, progress=False)
 
 
@@ -170,6 +177,9 @@ def launch(arguments: argparse.Namespace, name: str, processes: int, devices: in
     expected = 75 if "--stop-at" in extra else 0
     if done.returncode != expected:
         raise SystemExit(f"{done.stdout}\n{name}: exit code {done.returncode}, expected {expected}")
+    if expected:
+        took = time.time() - float((run / SIGNALLED).read_text(encoding="utf-8"))
+        print(f"{name}: all had saved and left {took:.1f} s after SIGTERM to one of them")
     return run
 
 

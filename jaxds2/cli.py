@@ -250,9 +250,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dry_run(config).render())
         return 0
     from jaxds2.allocator import keep_pages
+    from jaxds2.training.stop import leaving_on_sigterm
 
     keep_pages()
-    with _joined(arguments):
+    with leaving_on_sigterm(), _joined(arguments):
         from jaxds2.training.loop import train as train_run
 
         return train_run(config, arguments.run or Path("runs") / config.name)

@@ -1,5 +1,6 @@
 """Several processes: how they find each other, what they must agree on, and that together they train the same model."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ from exactness import differences, recorded
 from toy_runs import config, metrics
 
 from jaxds2 import cli, hosts
-from jaxds2.config import ConfigError, save_config
+from jaxds2.config import Config, ConfigError, save_config
 from jaxds2.data.manifest import read_manifest, write_manifest
 from jaxds2.evaluation.logprobs import read_log_probs
 from jaxds2.hosts import Cluster, HostsError, agree, find_cluster, meet
@@ -164,17 +165,22 @@ def one(tones, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def two(tones, tmp_path_factory) -> tuple[Path, str]:
-    """The same on two processes, its state split; the second gets SIGTERM after the third step. And what they said."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    save_config(config(tones, steps=6, eval_every=3, ema_decay=0.0, fsdp=2), run.parent / "config.json")
+def train_in_two(settings: Config, folder: Path, *options: str) -> tuple[Path, str]:
+    """On two processes, of which the second gets SIGTERM: the run, and what they said."""
+    save_config(settings, folder / "config.json")
     command = [sys.executable, "launch/local.py", "--processes", "2", "--cpu-devices", "1", "--"]
-    command += [sys.executable, "tests/stopped_process.py", str(run.parent / "config.json"), str(run)]
+    command += [sys.executable, "tests/stopped_process.py", str(folder / "config.json"), str(folder / "run"), *options]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == STOPPED, done.stdout + done.stderr
-    return run, done.stdout
+    return folder / "run", done.stdout
+
+
+@pytest.fixture(scope="module")
+def two(tones, tmp_path_factory) -> tuple[Path, str]:
+    """The same on two processes, its state split; stopped after the third step."""
+    settings = config(tones, steps=6, eval_every=3, ema_decay=0.0, fsdp=2)
+    return train_in_two(settings, tmp_path_factory.mktemp("two"))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
@@ -185,6 +191,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
     assert 3 <= last < 6
     assert f"[0] stopped by a signal to another process at step {last} of 6" in said
     assert f"[1] left at step {last} with 75" in said
+
+
+def test_a_signal_to_one_process_in_an_evaluation_stops_all_with_the_step_saved(tones, tmp_path):
+    settings = config(tones, steps=6, eval_every=3)
+    many = dataclasses.replace(settings.data, dev=str(tones / "train.jsonl"))  # batches, so that it stops among them
+    run, said = train_in_two(dataclasses.replace(settings, data=many), tmp_path, "--evaluating")
+    assert "[0] stopped by a signal to another process at step 3 of 6" in said
+    assert "[1] left at step 3 with 75" in said
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert (checkpoints.last(), checkpoints.wer(3)) == (3, None)
 
 
 def test_only_the_first_process_reports(two):

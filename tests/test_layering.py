@@ -48,6 +48,7 @@ FLOORS = (
     (
         "training.step",
         "training.checkpoint",
+        "training.stop",
         "training.watchdog",
         "training.monitor",
         "evaluation.comparison",

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import itertools
-import json
 import os
 import re
 import shutil

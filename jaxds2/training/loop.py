@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import shlex
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -52,10 +50,11 @@ from jaxds2.training.step import (
     to_tree,
 )
 from jaxds2.training.step_report import StepReport, TrainingError
+from jaxds2.training.stop import STOPPED, StopSignal
 from jaxds2.training.watchdog import Watchdog
 
-FINISHED, STOPPED = 0, 75
-"""Exit codes: trained to the end; stopped by a signal with everything saved (EX_TEMPFAIL, so schedulers requeue)."""
+FINISHED = 0
+"""Exit code: trained to the end."""
 
 IDS_SHOWN = 5
 """Of utterances that are left out, on the console."""
@@ -75,37 +74,6 @@ MAY_CHANGE = {
 }
 """Fields in which a resumed run may differ from its start: none of them changes what is learnt. Of manifests, which may
 have been packed into shards or moved since, the digests must stay."""
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag; a second one is obeyed at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            signal.signal(number, self._previous[number])
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-        print(
-            f"\n{self.received}: stopping when this step or compilation ends, then saving; once more to stop at once",
-            file=sys.stderr,
-        )
-
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
 
 
 def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
@@ -128,10 +96,10 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       OutOfMemoryError: it cannot go on; the last checkpoint is intact.
       CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
-    with FolderLock(run_dir, does="trains", option="--run") as lock, StopSignal() as signalled:
+    with FolderLock(run_dir, does="trains", option="--run") as lock:
         hosts.agree(_start(config, run_dir))
         with Checkpoints(run_dir / "checkpoints") as checkpoints:
-            return _train(config, run_dir, lock, checkpoints, signalled, progress)
+            return _train(config, run_dir, lock, checkpoints, progress)
 
 
 def _start(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -152,10 +120,8 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _train(
-    config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpoints, signalled: StopSignal, progress: bool
-) -> int:
-    stop, writes = hosts.SharedStop(signalled), jax.process_index() == 0
+def _train(config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpoints, progress: bool) -> int:
+    writes = jax.process_index() == 0
     source = None
     if config.training.init_from is not None and checkpoints.last() is None:
         source = init_run(config.training.init_from)
@@ -219,6 +185,7 @@ def _train(
     progress = progress and writes
     stacks = run_dir / ("stacks.txt" if writes else f"stacks-{jax.process_index()}.txt")
     with (
+        StopSignal() as signalled,  # until here there is nothing to save
         Monitor(
             run_dir, total_steps=total_steps, resume_step=first_step, progress=progress, silent=not writes
         ) as monitor,
@@ -269,6 +236,8 @@ def _train(
             meta |= {"left_out": list(report.left_out)}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
             checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
+
+        stop = hosts.SharedStop(signalled)
 
         def should_stop() -> bool:
             watchdog.beat()  # whoever asks has moved

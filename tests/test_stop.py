@@ -1,0 +1,60 @@
+"""SIGTERM before training: at once, with 75, wherever the process is."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxds2.training.stop import STOPPED, StopSignal, leaving_on_sigterm
+
+ROOT = Path(__file__).parents[1]
+WHERE = {
+    "python": "import time; time.sleep(600)",
+    "a library that lets no handler run": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_process_that_waits_leaves_with_75(where):
+    program = (
+        "from jaxds2.training.stop import leaving_on_sigterm\n"
+        f"with leaving_on_sigterm(): print('in', flush=True); {WHERE[where]}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "in\n"
+        waiting.terminate()
+        _, said = waiting.communicate(timeout=60)
+    assert (waiting.returncode, said) == (STOPPED, "SIGTERM: stopped before training; the same command starts again\n")
+
+
+def test_training_that_waits_for_another_process_leaves_with_75(tmp_path):
+    program = (
+        "import sys; from jaxds2 import hosts, cli; meet = hosts.meet\n"
+        "def told(*args, **kwargs): print('meeting', flush=True); return meet(*args, **kwargs)\n"
+        "hosts.meet = told\n"
+        "sys.exit(cli.train(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, "--config", str(ROOT / "configs/demo.py"), "--run", str(tmp_path / "run")]
+    command += ["--coordinator", "localhost:1", "--processes", "2", "--process", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "meeting\n"
+        waiting.terminate()
+        waiting.communicate(timeout=60)
+    assert waiting.returncode == STOPPED
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flag_of_training_takes_its_place_and_what_was_before_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with leaving_on_sigterm():
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
