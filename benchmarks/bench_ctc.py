@@ -63,7 +63,7 @@ def compile_form(form: "ctc.Implementation", logits_BUV, lengths) -> tuple[Calla
         return jnp.sum(ctc_loss(logits_BUV, *lengths, implementation=form))
 
     inputs = [jnp.asarray(x) for x in (logits_BUV, *lengths)]
-    step = jax.jit(jax.value_and_grad(total)).lower(*inputs).compile()
+    step = side_by_side.jit(jax.value_and_grad(total)).lower(*inputs).compile()
     return lambda: jax.block_until_ready(step(*inputs))[1], side_by_side.temporaries(step) / 2**20
 
 

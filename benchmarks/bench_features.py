@@ -59,7 +59,7 @@ def ours(audio_BS) -> Callable[[], Any]:
     def unnormalized(audio_BS, lengths_B):
         return log_mel(audio_BS, lengths_B, features)[0] * FIXED_STD + FIXED_MEAN
 
-    compiled = jax.jit(unnormalized).lower(*inputs).compile()
+    compiled = side_by_side.jit(unnormalized).lower(*inputs).compile()
     return lambda: jax.block_until_ready(compiled(*inputs))
 
 

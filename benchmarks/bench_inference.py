@@ -38,18 +38,18 @@ def ours(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxds2.compiler import compiler_options
     from jaxds2.model.deepspeech2 import create
 
     apply, params = create(MELS, CLASSES, plan.model(form), dtype=jnp.float32)
     features_BTF = jnp.asarray(batch_of(plan)[0])
     frames_B = jnp.full((plan.rows,), features_BTF.shape[1], jnp.int32)
 
-    def log_probs(params, features_BTF):
+    def log_probs(params, features_BTF, frames_B):
         return jax.nn.log_softmax(apply(params, features_BTF, frames_B)[0])
 
-    compiled = jax.jit(log_probs, compiler_options=compiler_options("cpu")).lower(params, features_BTF).compile()
-    return lambda: jax.block_until_ready(compiled(params, features_BTF))
+    inputs = params, features_BTF, frames_B
+    compiled = side_by_side.jit(log_probs).lower(*inputs).compile()
+    return lambda: jax.block_until_ready(compiled(*inputs))
 
 
 def torch_columns(plan: Plan, threads: int) -> dict[str, Callable[[], Any]]:

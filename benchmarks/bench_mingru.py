@@ -64,7 +64,7 @@ def compile_cell(form: "scan.Implementation", *arrays) -> tuple[Callable[[], Any
         return h_TBD, *pull(dh_TBD)
 
     inputs = [jnp.asarray(x) for x in arrays]
-    step = jax.jit(both).lower(*inputs).compile()
+    step = side_by_side.jit(both).lower(*inputs).compile()
     return lambda: jax.block_until_ready(step(*inputs)), side_by_side.temporaries(step)
 
 
@@ -143,12 +143,12 @@ def compile_layer(form: "scan.Implementation", x_TBD, dh_TBD) -> Callable[[], An
     graphdef, params = nnx.split(layer)
     lengths_B = jnp.full((rows,), frames, jnp.int32)
 
-    def both(params, x_TBD, dh_TBD):
+    def both(params, x_TBD, lengths_B, dh_TBD):
         h_TBD, pull = jax.vjp(lambda params, x_TBD: nnx.merge(graphdef, params)(x_TBD, lengths_B)[0], params, x_TBD)
         return h_TBD, pull(dh_TBD)
 
-    inputs = params, jnp.asarray(x_TBD), jnp.asarray(dh_TBD)
-    step = jax.jit(both).lower(*inputs).compile()
+    inputs = params, jnp.asarray(x_TBD), lengths_B, jnp.asarray(dh_TBD)
+    step = side_by_side.jit(both).lower(*inputs).compile()
     return lambda: jax.block_until_ready(step(*inputs))
 
 

@@ -126,7 +126,7 @@ def compile_form(form: "scan.Implementation", what: str, *arrays) -> tuple[Calla
         return h_TBD, pull(dh_TBD)
 
     inputs = [jnp.asarray(x) for x in arrays]
-    step = jax.jit(forward if what == "forward" else both).lower(*inputs).compile()
+    step = side_by_side.jit(forward if what == "forward" else both).lower(*inputs).compile()
     return lambda: jax.block_until_ready(step(*inputs)), side_by_side.temporaries(step)
 
 

@@ -93,7 +93,6 @@ def our_step(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     import jax.numpy as jnp
     import optax
 
-    from jaxds2.compiler import compiler_options
     from jaxds2.ctc import ctc_loss
     from jaxds2.model.deepspeech2 import create
 
@@ -103,20 +102,22 @@ def our_step(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
     frames_B = jnp.full((plan.rows,), features_BTF.shape[1], jnp.int32)
     labels_B = jnp.full((plan.rows,), plan.labels, jnp.int32)
 
-    def loss(params):
+    batch = features_BTF, frames_B, labels_BN, labels_B
+
+    def loss(params, features_BTF, frames_B, labels_BN, labels_B):
         logits_BUV, lengths_B = apply(params, features_BTF, frames_B)
         return jnp.mean(ctc_loss(logits_BUV, lengths_B, labels_BN, labels_B, implementation="fused"))
 
-    def step(params, state):
-        value, grads = jax.value_and_grad(loss)(params)
+    def step(params, state, *batch):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     state = [params, optimizer.init(params)]
-    compiled = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options("cpu")).lower(*state).compile()
+    compiled = side_by_side.jit(step, donate_argnums=(0, 1)).lower(*state, *batch).compile()
 
     def call():
-        state[0], state[1], value = compiled(*state)
+        state[0], state[1], value = compiled(*state, *batch)
         return jax.block_until_ready(value)
 
     return call
@@ -181,18 +182,18 @@ def our_encoder(plan: Plan) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxds2.compiler import compiler_options
     from jaxds2.model.deepspeech2 import create
 
     apply, params = create(MELS, CLASSES, plan.model("fused"), dtype=jnp.float32)
     features_BTF = jnp.asarray(batch_of(plan)[0])
     frames_B = jnp.full((plan.rows,), features_BTF.shape[1], jnp.int32)
 
-    def total(params):
+    def total(params, features_BTF, frames_B):
         return jnp.sum(jnp.square(apply(params, features_BTF, frames_B)[0]))
 
-    gradient = jax.jit(jax.grad(total), compiler_options=compiler_options("cpu")).lower(params).compile()
-    return lambda: jax.block_until_ready(gradient(params))
+    inputs = params, features_BTF, frames_B
+    gradient = side_by_side.jit(jax.grad(total)).lower(*inputs).compile()
+    return lambda: jax.block_until_ready(gradient(*inputs))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,19 @@ def torch_or_none(threads: int) -> Any:
     return torch
 
 
+def jit(function: Callable[..., Any], *, donate_argnums: Sequence[int] = ()) -> Any:
+    """`jax.jit` with the options that train.py compiles with, so that what is timed is what trains.
+
+    Arrays go in as arguments: XLA may compute ahead with one that the function closes over, which torch cannot.
+    """
+    import jax
+
+    from jaxds2.compiler import compiler_options
+
+    options = compiler_options(jax.default_backend())
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
+
+
 def temporaries(compiled: Any) -> int:
     """Bytes that a compiled JAX function needs beside its inputs and outputs."""
     memory = compiled.memory_analysis()

@@ -5,11 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import alignment
+import bench_inference
+import bench_mingru
+import bench_step
+import jax
 import numpy as np
 import pytest
+import side_by_side
 
+from jaxds2.compiler import compiler_options
 from jaxds2.decoding.alignment import Span
 
 ERRORS = ("error", "gradient error", "h", "da", "db", "dgate", "dcandidate")
@@ -33,6 +40,35 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             errors = [value for key, value in numbers.items() if key in ERRORS]
             assert all(0 <= value < 1e-4 for value in errors), (column, numbers)
             assert errors or numbers["CPU ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bench_step.our_step(bench_step.SMALL, "fused"),
+        lambda: bench_step.our_encoder(bench_step.SMALL),
+        lambda: bench_inference.ours(bench_step.SMALL, "fused"),
+        lambda: bench_mingru.compile_layer("fused", *np.ones((2, 5, 2, 4), np.float32)),
+    ],
+    ids=["step", "encoder", "inference", "layer"],
+)
+def test_what_is_timed_gets_its_batch_as_arguments_and_the_options_of_training(build, monkeypatch):
+    constants, options = [], []
+    jit, real_jit = side_by_side.jit, jax.jit
+
+    def watched(function, **rest):
+        def lower(*inputs):
+            constants.extend(x.size for x in jax.make_jaxpr(function)(*inputs).consts)
+            monkeypatch.setattr(jax, "jit", lambda f, **given: options.append(given) or real_jit(f, **given))
+            return jit(function, **rest).lower(*inputs)
+
+        return SimpleNamespace(lower=lower)
+
+    monkeypatch.setattr(side_by_side, "jit", watched)
+    with jax.numpy_dtype_promotion("standard"):
+        build()
+    assert max(constants, default=0) <= 1
+    assert options[-1]["compiler_options"] == compiler_options("cpu")
 
 
 def test_decoders_are_compared_on_the_same_utterances(monkeypatch):
