@@ -6,6 +6,7 @@ in one process, by the time that the process used (user and system) and by the c
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -55,10 +56,11 @@ def start(description: str, *, threads: int = 1, manifest: bool = False, **count
 
 
 def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each call, by process time and by the clock; one round before is not counted.
+    """Median milliseconds of each call, by process time and by the clock, and its peak memory, measured afterwards.
 
-    The columns take turns. On one thread the first figure says more, because other processes hardly touch it; on
-    several the second does, because a library whose threads spin while they wait looks slower than it is by the first.
+    One round before is not counted. The columns take turns. On one thread the first figure says more, because other
+    processes hardly touch it; on several the second does, because a library whose threads spin while they wait looks
+    slower than it is by the first.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     for number in range(count + 1):
@@ -68,13 +70,41 @@ def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, di
             end = time.process_time(), time.perf_counter()
             if number:
                 times[name].append((1e3 * (end[0] - begin[0]), 1e3 * (end[1] - begin[1])))
-    return {
+    medians = {
         name: {
             "CPU ms": statistics.median(cpu for cpu, _ in pairs),
             "wall ms": statistics.median(wall for _, wall in pairs),
         }
         for name, pairs in times.items()
     }
+    for name, call in columns.items():
+        if (mebibytes := peak_mib(call)) is not None:
+            medians[name]["peak MiB"] = mebibytes
+    return medians
+
+
+def peak_mib(call: Callable[[], Any]) -> float | None:
+    """The most memory that a call takes beside what is held before it, its results included; None but on Linux.
+
+    By the process's own peak, set back before: a process for each column would count the libraries that it imports,
+    which are larger than most of what is compared here.
+    """
+    time.sleep(0.1)  # JAX's threads free the temporaries of the last call shortly after its result is there
+    try:
+        # What earlier calls freed is kept (`keep_pages`) and would be taken again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _held_at_most_mib()
+        call()
+        return max(0.0, _held_at_most_mib() - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _held_at_most_mib() -> float:
+    """The process's peak since it was last set back."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def torch_or_none(threads: int) -> Any:

@@ -121,3 +121,18 @@ def test_the_gpu_suite_runs_part_by_part_and_goes_on_where_it_stopped(tmp_path):
     figures = parts["4-step"]["results"][0]["figures"]
     assert figures["MFU"] is None  # no data sheet for a CPU
     assert figures["audio hours a second"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_peak_memory_is_a_call_s_own_whatever_earlier_calls_kept():
+    """In a process of its own, since `keep_pages` lasts."""
+    code = """
+import numpy as np, side_by_side
+side_by_side.start("")
+held = np.ones(2**24)
+columns = {"large": lambda: np.ones(2**24), "small": lambda: np.ones(2**21), "none": lambda: held}
+print(*(side_by_side.rounds(columns, 2)[name]["peak MiB"] for name in columns))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=BENCHMARKS)
+    np.testing.assert_allclose([float(x) for x in done.stdout.split()], [128, 16, 0], atol=3)
