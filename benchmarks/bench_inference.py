@@ -28,7 +28,7 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     medians = side_by_side.rounds(columns, arguments.rounds)
     seconds = plan.rows * plan.seconds
     table = {name: ms | {"times real time": 1e3 * seconds / ms["wall ms"]} for name, ms in medians.items()}
-    title = f"inference, {plan.rows} utterances of {plan.seconds} s, float32, threads: {arguments.threads}"
+    title = f"inference, {plan.title}; float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused", by="wall ms"))
     return {"what": "inference", "plan": vars(plan), "columns": table}
 

@@ -1,7 +1,9 @@
 """A whole training step of Deep Speech 2, from features to updated weights, beside the same layer plan in torch.
 
-Strided convolution, four more, three bidirectional layers of 512, CTC, AdamW. A second table shows that a frame costs
-the same in a short and in a long utterance.
+Strided convolution, four more, three bidirectional layers of 512, CTC, AdamW. The four stand, in every column, for the
+two residual blocks of two convolutions each that the usual PyTorch Deep Speech 2 has: our front end adds no residuals
+and has no norms there, so torch's has none either, and all columns do the same matmuls and convolutions. A second table
+shows that a frame costs the same in a short and in a long utterance.
 
 python benchmarks/bench_step.py
 """
@@ -36,6 +38,14 @@ class Plan:
     def labels(self) -> int:
         """Characters of an utterance, at 12 a second."""
         return 12 * self.seconds
+
+    @property
+    def title(self) -> str:
+        """What a table says of it."""
+        return (
+            f"{self.rows} utterances of {self.seconds} s; {self.convs} convolutions of {self.channels}, none residual; "
+            f"{self.layers} bidirectional layers of {self.hidden}"
+        )
 
     def model(self, form: "scan.Implementation") -> "ModelConfig":
         """Our config of this plan."""
@@ -82,7 +92,7 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     columns: dict[str, Callable[[], Any]] = {form: our_step(plan, form) for form in ("fused", "associative")}
     columns |= torch_steps(plan, arguments.threads)
     table = side_by_side.rounds(columns, arguments.rounds)
-    title = f"training step, {plan.rows} utterances of {plan.seconds} s, float32, threads: {arguments.threads}"
+    title = f"training step, {plan.title}; float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused", by="wall ms"))
     return {"what": "step", "plan": vars(plan), "columns": table}
 

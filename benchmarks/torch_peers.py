@@ -94,6 +94,8 @@ class _Layer(torch.nn.Module):
 class DeepSpeech2(torch.nn.Module):
     """Our layer plan in torch: 3 x 3 convolutions with GELU, a linear map, residual layers, a CTC head.
 
+    Convolutions like ours, without the residuals and norms that are usual here, so that both do the same.
+
     Args:
       mels: bins of the input.
       classes: outputs, blank included.
