@@ -28,8 +28,7 @@ def compare(rows: int, seconds: int, arguments: argparse.Namespace) -> dict[str,
     rng = np.random.default_rng(0)
     audio_BS = (rng.standard_normal((rows, 16_000 * seconds)) * 3000).astype(np.int16)
     wave_BS = audio_BS.astype(np.float32) / 32768
-    columns = {"ours": ours(audio_BS), "librosa": librosa_column(wave_BS)}
-    columns |= torchaudio_column(wave_BS, arguments.threads)
+    columns = {"ours": ours(audio_BS)} | librosa_column(wave_BS) | torchaudio_column(wave_BS, arguments.threads)
     exact = float64_log_mel(wave_BS)
     medians = side_by_side.rounds(columns, arguments.rounds)
     table = {
@@ -63,9 +62,13 @@ def ours(audio_BS) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(*inputs))
 
 
-def librosa_column(wave_BS) -> Callable[[], Any]:
-    """librosa's filterbank energies, all utterances at once."""
-    import librosa
+def librosa_column(wave_BS) -> dict[str, Callable[[], Any]]:
+    """librosa's filterbank energies, all utterances at once; empty where it is missing."""
+    try:
+        import librosa
+    except ImportError:
+        side_by_side.missing("librosa", extra="bench")
+        return {}
     import numpy as np
 
     from jaxds2.features import LOG_OFFSET
@@ -76,16 +79,18 @@ def librosa_column(wave_BS) -> Callable[[], Any]:
         )
         return np.log(np.swapaxes(mel_BFT, 1, 2) + LOG_OFFSET)
 
-    return call
+    return {"librosa": call}
 
 
 def torchaudio_column(wave_BS, threads: int) -> dict[str, Callable[[], Any]]:
     """torchaudio's transform; empty where it is missing."""
     torch = side_by_side.torch_or_none(threads)
+    if torch is None:
+        return {}
     try:
         import torchaudio  # pyright: ignore[reportMissingImports]
     except ImportError:
-        print("torchaudio is not installed, so its column is missing: make bench installs it for this table")
+        side_by_side.missing("torchaudio", extra="bench-audio")
         return {}
     from jaxds2.features import LOG_OFFSET
 

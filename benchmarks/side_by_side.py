@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import json
 import os
 import platform
@@ -112,10 +113,16 @@ def torch_or_none(threads: int) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        print("torch is not installed, so its columns are missing: make bench installs it")
+        missing("torch", extra="bench")
         return None
     torch.set_num_threads(threads)
     return torch
+
+
+@functools.cache
+def missing(package: str, *, extra: str) -> None:
+    """Say, once, what would bring the columns of a package that is not there."""
+    print(f"{package} is not installed, so its columns are missing: pip install -e '.[{extra}]', or make bench")
 
 
 def jit(function: Callable[..., Any], *, donate_argnums: Sequence[int] = ()) -> Any:

@@ -3,7 +3,7 @@
 # Needs uv. Prints the jax that each combination resolves to; fails on the first that does not.
 set -eu
 cd "$(dirname "$0")/.."
-for extra in lm flashlight demo test bench cuda12 cuda13; do
+for extra in lm flashlight demo test bench bench-audio cuda12 cuda13; do
     for python in 3.11 3.12 3.13; do
         case "$extra-$python" in cuda*-3.13) continue ;; esac
         jax=$(uv pip compile --quiet --no-header --no-annotate --python-version "$python" --python-platform linux \

@@ -78,6 +78,6 @@ def test_every_extra_resolves_with_a_current_jax():
         pytest.skip("requirements/check_extras.sh needs uv on PATH and a package index that answers")
     done = subprocess.run(["sh", ROOT / "requirements/check_extras.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    extras = set(re.findall(r"^\[(\w+)\]", done.stdout, flags=re.MULTILINE))
+    extras = set(re.findall(r"^\[([\w-]+)\]", done.stdout, flags=re.MULTILINE))
     with (ROOT / "pyproject.toml").open("rb") as f:
         assert extras == set(tomllib.load(f)["project"]["optional-dependencies"])
