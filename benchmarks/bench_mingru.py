@@ -1,5 +1,7 @@
 """The minGRU cell and a layer with its matmuls, beside torch's minGRU, nn.GRU and nn.LSTM: forward and backward.
 
+Then the cells' errors against float64 on long inputs and with extreme gates.
+
 python benchmarks/bench_mingru.py
 """
 
@@ -25,6 +27,7 @@ def main() -> None:
     for shape in SMALL if arguments.small else SHAPES:
         results.append(compare_cells(*shape, arguments))
         results.append(compare_layers(*shape, arguments))
+    results += errors(300 if arguments.small else 20_000, arguments.threads)
     side_by_side.save("mingru", arguments, results)
 
 
@@ -42,8 +45,7 @@ def compare_cells(rows: int, frames: int, channels: int, arguments: argparse.Nam
     for name, call in columns.items():
         memory = ours[name][1] / gate_TBD.nbytes if name in ours else ""
         table[name] = medians[name] | {"temporaries, arrays": memory}
-        for what, value, reference in zip(("h", "dgate", "dcandidate"), call(), exact, strict=True):
-            table[name][what] = float(np.abs(np.asarray(value) - reference).max() / np.abs(reference).max())
+        table[name] |= cell_errors(call(), exact)
     title = f"minGRU cell, forward + backward, B={rows} T={frames} D={channels}, float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused"))
     return {"what": "cell", "shape": [rows, frames, channels], "columns": table}
@@ -87,6 +89,28 @@ def torch_cells(gate_TBD, v_TBD, dh_TBD, threads: int) -> dict[str, Callable[[],
         return step
 
     return {"torch-log-space": column(log_space_mingru), "torch-linear": column(linear_space_mingru)}
+
+
+def cell_errors(got, exact) -> dict[str, float | str]:
+    """How far states and gradients are from float64's."""
+    return dict(zip(("h", "dgate", "dcandidate"), map(side_by_side.error, got, exact), strict=True))
+
+
+def errors(longest: int, threads: int) -> list[dict[str, Any]]:
+    """Of every cell on one long row: with ordinary gates, and with gates that are open or shut."""
+    import numpy as np
+
+    results = []
+    for name, spread in (("ordinary gates", 1.0), ("extreme gates", 20.0)):
+        rng = np.random.default_rng(1)
+        gate_TBD, v_TBD, dh_TBD = (rng.standard_normal((longest, 1, 64), np.float32) for _ in range(3))
+        inputs = np.float32(spread) * gate_TBD, v_TBD, dh_TBD
+        columns = {form: compile_cell(form, *inputs)[0] for form in FORMS} | torch_cells(*inputs, threads)
+        exact = float64_cell(*inputs)
+        table = {column: cell_errors(call(), exact) for column, call in columns.items()}
+        print(side_by_side.table(f"minGRU cell, error against float64, {name}, T={longest}", table))
+        results.append({"errors": name, "frames": longest, "columns": table})
+    return results
 
 
 def float64_cell(gate_TBD, v_TBD, dh_TBD) -> tuple[Any, Any, Any]:

@@ -160,7 +160,7 @@ def errors(longest: int) -> list[dict[str, Any]]:
             h, pull = jax.vjp(functools.partial(recurrence, form=form), jnp.asarray(a), jnp.asarray(b))
             da, db = pull(jnp.asarray(dh))
             pairs = {"h": (h, h64), "da": (da, da64), "db": (db, db64)}
-            table[form] = {k: float(np.abs(np.asarray(x) - y).max() / np.abs(y).max()) for k, (x, y) in pairs.items()}
+            table[form] = {name: side_by_side.error(value, exact) for name, (value, exact) in pairs.items()}
         print(side_by_side.table(f"error against float64, {name}, T={frames}", table))
         results.append({"errors": name, "frames": frames, "columns": table})
     return results

@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -142,6 +143,14 @@ def temporaries(compiled: Any) -> int:
     """Bytes that a compiled JAX function needs beside its inputs and outputs."""
     memory = compiled.memory_analysis()
     return 0 if memory is None else memory.temp_size_in_bytes
+
+
+def error(value: Any, exact: Any) -> float | str:
+    """Largest difference over the largest exact value."""
+    import numpy as np
+
+    difference = float(np.abs(np.asarray(value) - exact).max() / np.abs(exact).max())
+    return difference if math.isfinite(difference) else "not finite"
 
 
 def table(

@@ -39,8 +39,10 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
         for column, numbers in table["columns"].items():
             assert any(line[:1] == [column] for line in lines)
             errors = [value for key, value in numbers.items() if key in ERRORS]
-            assert all(0 <= value < 1e-4 for value in errors), (column, numbers)
+            assert column.startswith("torch") or all(0 <= value < 1e-4 for value in errors), (column, numbers)
             assert errors or numbers["CPU ms"] > 0
+    if name in ("bench_scan", "bench_mingru"):
+        assert "extreme gates" in {table.get("errors") for table in written["results"]}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,8 @@ def test_what_is_timed_gets_its_batch_as_arguments_and_the_options_of_training(b
 @pytest.mark.parametrize("name", ["ctc", "features"])
 def test_a_benchmark_without_its_peers_names_the_extra_and_prints_our_column(name, tmp_path):
     out, modules = tmp_path / "numbers.json", {"torch": None, "torchaudio": None, "librosa": None}
-    code = f"import runpy, sys; del sys.argv[0]; sys.modules.update({modules}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import runpy, sys; sys.modules.update({modules})"
+    code += "; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [str(BENCHMARKS / f"bench_{name}.py"), "--small", "--rounds", "1", "--json", str(out)]
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
