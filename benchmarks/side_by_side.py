@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "librosa", "soundfile", "torch", "torchaudio")
 
 
@@ -31,13 +33,18 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def start(description: str, *, threads: int = 1, manifest: bool = False, **counts: int) -> argparse.Namespace:
+def start(
+    description: str, *, threads: int = 1, rounds: int = 10, manifest: bool = False, **counts: int
+) -> argparse.Namespace:
     """Read the options that every benchmark has and pin this process. Call it before jax or torch are imported.
 
     With `manifest` there is an option for one, else None; `counts` are further options, whole numbers with a default.
+    `commit` and `load_average` say, for the JSON, what is measured and how busy the machine is before.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=_at_least_one, default=10, help="rounds over all columns (default: 10)")
+    parser.add_argument(
+        "--rounds", type=_at_least_one, default=rounds, help=f"rounds over all columns (default: {rounds})"
+    )
     parser.add_argument("--threads", type=_at_least_one, default=threads, help=f"cores to use (default: {threads})")
     parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-DEVICE-NAME.json")
@@ -46,11 +53,12 @@ def start(description: str, *, threads: int = 1, manifest: bool = False, **count
     for name, default in counts.items():
         parser.add_argument(f"--{name}", type=_at_least_one, default=default, help=f"(default: {default})")
     arguments = parser.parse_args()
+    arguments.commit, arguments.load_average = _commit(), os.getloadavg() if hasattr(os, "getloadavg") else None
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     os.environ["JAX_PLATFORMS"] = "cpu"  # process time says nothing of an accelerator
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(ROOT))
     from jaxds2.allocator import keep_pages
 
     keep_pages()  # for every column alike
@@ -60,15 +68,15 @@ def start(description: str, *, threads: int = 1, manifest: bool = False, **count
 def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each call, by process time and by the clock, and its peak memory, measured afterwards.
 
-    One round before is not counted. The columns take turns. On one thread the first figure says more, because other
-    processes hardly touch it; on several the second does, because a library whose threads spin while they wait looks
-    slower than it is by the first.
+    One round before is not counted. The columns take turns, and each round begins with another one. On one thread the
+    first figure says more, because other processes hardly touch it; on several the second does, because a library
+    whose threads spin while they wait looks slower than it is by the first.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     for number in range(count + 1):
-        for name, call in columns.items():
+        for name in turned(list(columns), number):
             begin = time.process_time(), time.perf_counter()
-            call()
+            columns[name]()
             end = time.process_time(), time.perf_counter()
             if number:
                 times[name].append((1e3 * (end[0] - begin[0]), 1e3 * (end[1] - begin[1])))
@@ -83,6 +91,12 @@ def rounds(columns: Mapping[str, Callable[[], Any]], count: int) -> dict[str, di
         if (mebibytes := peak_mib(call)) is not None:
             medians[name]["peak MiB"] = mebibytes
     return medians
+
+
+def turned(names: Sequence[str], number: int) -> list[str]:
+    """The names in the order of a round, so that no column always follows the same pause or the same end of a round."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def peak_mib(call: Callable[[], Any]) -> float | None:
@@ -188,12 +202,14 @@ def save(name: str, arguments: argparse.Namespace, results: Sequence[Mapping[str
     path = arguments.json or RESULTS / f"{datetime.date.today().isoformat()}-cpu-{name}.json"
     content = {
         "benchmark": name,
+        "commit": arguments.commit,
         "device": "cpu",
         "processor": _processor(),
         "python": platform.python_version(),
         "versions": versions(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
+        "load average at start": arguments.load_average,
         "results": list(results),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +226,14 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _commit() -> str | None:
+    """The one that is checked out, `-dirty` behind it where files differ; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def _processor() -> str:

@@ -33,6 +33,10 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
     written = json.loads(out.read_text())
     assert written["benchmark"] == name.removeprefix("bench_")
     assert written["versions"]["jax"]
+    assert written["rounds"] == 1
+    assert len(written["load average at start"]) == 3
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=BENCHMARKS).stdout.strip()
+    assert (written["commit"] or "").removesuffix("-dirty") == commit
     lines = [line.split() for line in done.stdout.splitlines()]
     for table in written["results"]:
         assert any(column.partition("-")[0] in ("fused", "ours") for column in table["columns"])
@@ -141,6 +145,14 @@ def test_the_gpu_suite_runs_part_by_part_and_goes_on_where_it_stopped(tmp_path):
     figures = parts["4-step"]["results"][0]["figures"]
     assert figures["MFU"] is None  # no data sheet for a CPU
     assert figures["audio hours a second"] > 0
+
+
+def test_each_round_begins_with_another_column_and_the_first_round_is_not_counted():
+    called: list[str] = []
+    columns = {name: lambda name=name: called.append(name) for name in "abc"}
+    medians = side_by_side.rounds(columns, 3)
+    assert "".join(called[:12]) == "abcbcacababc"
+    assert list(medians) == ["a", "b", "c"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
