@@ -43,6 +43,17 @@ def test_loss_equals_brute_force(label, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_batch_without_a_column_of_labels_is_all_blanks(form):
+    logits = jax.random.normal(jax.random.key(3), (2, 5, 3))
+    arguments = jnp.array([5, 3]), jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32)
+    loss, grads = jax.value_and_grad(lambda x: jnp.sum(ctc_loss(x, *arguments, implementation=form)))(logits)
+    want = brute_force(logits[0], []) + brute_force(logits[1, :3], [])
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    softmax_less_blank = jax.nn.softmax(logits) - jnp.array([1.0, 0.0, 0.0])[None, None]
+    np.testing.assert_allclose(grads, softmax_less_blank.at[1, 3:].set(0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("label", LABELS)
 def test_gradient_equals_finite_differences_of_brute_force(label, form):
     logits = jax.random.normal(jax.random.key(7), (1, 4, 3))
