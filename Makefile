@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 BENCH := .venv-bench
-# Where an index has CPU builds of torch, name it: make bench TORCH='torch==2.13.0 --index-url URL'
-TORCH ?= torch==2.13.0
+# On Linux most indexes' torch for x86-64 brings gigabytes of CUDA, so only a CPU build is installed unasked. Where pip finds
+# none, name an index that has them, or ask for the other build: make bench TORCH='torch==2.13.0 --index-url URL'
+CPU_BUILD := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),+cpu)
+TORCH ?= torch==2.13.0$(CPU_BUILD)
 # torchaudio goes with one torch only, so log-mel is timed in an environment of its own.
 BENCH_AUDIO := .venv-bench-audio
-TORCHAUDIO ?= torch==2.9.1 torchaudio==2.9.1
+TORCHAUDIO ?= torch==2.9.1$(CPU_BUILD) torchaudio==2.9.1$(CPU_BUILD)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test stress lint bench clean
@@ -41,12 +43,14 @@ lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+$(BENCH)/.installed: PEER := TORCH
+$(BENCH_AUDIO)/.installed: PEER := TORCHAUDIO
 $(BENCH)/.installed $(BENCH_AUDIO)/.installed: %/.installed: requirements/cpu.lock pyproject.toml
 	'$(PYTHON)' -m venv $*
 	@echo "installing the pinned packages and torch into $*"
 	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.lock
-	$*/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter $(BENCH),$*),$(TORCH),$(TORCHAUDIO))
-	@touch $@
+	@if $*/bin/python -m pip install --quiet --disable-pip-version-check $($(PEER)); then touch $@; else \
+	    echo "no $($(PEER)): going on without it. Any build, with CUDA too: make bench $(PEER)='$(subst +cpu,,$($(PEER)))'"; fi
 
 bench: $(BENCH)/.installed $(BENCH_AUDIO)/.installed ## time our forms beside those of optax, torch, librosa and torchaudio
 	@set -e; for script in benchmarks/bench_*.py; do \

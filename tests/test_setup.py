@@ -1,5 +1,6 @@
 """What the lock installed is what the project was built on; every extra resolves with a current jax."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +26,17 @@ def test_make_alone_lists_the_targets():
     done = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, check=True, cwd=ROOT)
     targets = [line.split()[0] for line in done.stdout.splitlines()]
     assert targets == ["help", "setup", "demo", "test", "stress", "lint", "bench", "clean"]
+
+
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="torch has no CUDA there")
+def test_make_bench_takes_no_torch_with_cuda_unasked():
+    def wanted(*variables: str) -> set[str]:
+        command = ["make", "--no-print-directory", "--dry-run", "--always-make", "bench", *variables]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return set(re.findall(r"disable-pip-version-check (torch.*); then", done.stdout))
+
+    assert wanted() == {"torch==2.13.0+cpu", "torch==2.9.1+cpu torchaudio==2.9.1+cpu"}
+    assert "torch==2.13.0" in wanted("TORCH=torch==2.13.0")
 
 
 def test_jax_is_not_what_an_old_resolver_would_fall_back_to():
