@@ -49,7 +49,14 @@ def compare(rows: int, frames: int, labels: int, classes: int, arguments: argpar
     }
     title = f"CTC loss and gradient, B={rows} U={frames} N={labels} V={classes}, float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused"))
-    return {"shape": [rows, frames, labels, classes], "columns": table}
+    bars = side_by_side.ratio_bar(table, "torch", "fused", at_least=1.5)
+    bars += side_by_side.ratio_bar(table, "optax", "fused", at_least=1.2)
+    share = memory["fused"] / memory["optax"]
+    bars += [
+        side_by_side.bar("temporaries, fused over optax", share, at_most=0.65),
+        side_by_side.bar("gradient error, fused", float(table["fused"]["gradient error"]), at_most=3e-5),
+    ]
+    return {"shape": [rows, frames, labels, classes], "columns": table, "bars": bars}
 
 
 def compile_form(form: "ctc.Implementation", logits_BUV, lengths) -> tuple[Callable[[], Any], float]:

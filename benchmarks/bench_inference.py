@@ -30,7 +30,9 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     table = {name: ms | {"times real time": 1e3 * seconds / ms["wall ms"]} for name, ms in medians.items()}
     title = f"inference, {plan.title}; float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused", by="wall ms"))
-    return {"what": "inference", "plan": vars(plan), "columns": table}
+    bars = side_by_side.ratio_bar(table, "torch-log-space", "fused", by="wall ms", at_least=2.2)
+    bars += side_by_side.ratio_bar(table, "torch-BiLSTM", "fused", by="wall ms", at_least=1.9)
+    return {"what": "inference", "plan": vars(plan), "columns": table, "bars": bars}
 
 
 def ours(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:

@@ -48,7 +48,8 @@ def compare_cells(rows: int, frames: int, channels: int, arguments: argparse.Nam
         table[name] |= cell_errors(call(), exact)
     title = f"minGRU cell, forward + backward, B={rows} T={frames} D={channels}, float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused"))
-    return {"what": "cell", "shape": [rows, frames, channels], "columns": table}
+    bars = side_by_side.ratio_bar(table, "torch-log-space", "fused", at_least=15)
+    return {"what": "cell", "shape": [rows, frames, channels], "columns": table, "bars": bars}
 
 
 def compile_cell(form: "scan.Implementation", *arrays) -> tuple[Callable[[], Any], int]:
@@ -143,7 +144,9 @@ def compare_layers(rows: int, frames: int, width: int, arguments: argparse.Names
     table = side_by_side.rounds(columns, arguments.rounds)
     title = f"layer, forward + backward, B={rows} T={frames} D={width}, float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused"))
-    return {"what": "layer", "shape": [rows, frames, width], "columns": table}
+    bars = side_by_side.ratio_bar(table, "torch-GRU", "fused", at_least=4)
+    bars += side_by_side.ratio_bar(table, "torch-LSTM", "fused", at_least=2)
+    return {"what": "layer", "shape": [rows, frames, width], "columns": table, "bars": bars}
 
 
 def compile_layer(form: "scan.Implementation", x_TBD, dh_TBD) -> Callable[[], Any]:

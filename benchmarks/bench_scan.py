@@ -101,12 +101,16 @@ def compare(rows: int, frames: int, channels: int, arguments: argparse.Namespace
         medians = side_by_side.rounds(columns, arguments.rounds)
         temporaries = {form: count / a_TBD.nbytes for form, (_, count) in ours.items()}
         table = {name: medians[name] | {"temporaries, arrays": temporaries.get(name, 0.0)} for name in columns}
-        title = f"bare scan, {what}, B={rows} T={frames} D={channels}, float32, threads: {arguments.threads}"
-        print(side_by_side.table(title, table, base="C" if floor else "fused"))
         if floor:
             moved = 3 if what == "forward" else 8  # arrays, each read or written once a pass
-            print(f"C moves {moved * a_TBD.nbytes / medians['C']['CPU ms'] / 1e6:.1f} GB a second")
-        results.append({"shape": [rows, frames, channels], "what": what, "columns": table})
+            table["C"]["GB a second"] = moved * a_TBD.nbytes / medians["C"]["CPU ms"] / 1e6
+        title = f"bare scan, {what}, B={rows} T={frames} D={channels}, float32, threads: {arguments.threads}"
+        print(side_by_side.table(title, table, base="C" if floor else "fused"))
+        bars = []
+        if floor:
+            slower = float(table["fused"]["CPU ms"]) / float(table["C"]["CPU ms"])
+            bars = [side_by_side.bar("CPU ms, fused over C", slower, at_most=1.5 if what == "forward" else 1.0)]
+        results.append({"shape": [rows, frames, channels], "what": what, "columns": table, "bars": bars})
     return results
 
 

@@ -94,7 +94,9 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     table = side_by_side.rounds(columns, arguments.rounds)
     title = f"training step, {plan.title}; float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base="fused", by="wall ms"))
-    return {"what": "step", "plan": vars(plan), "columns": table}
+    bars = side_by_side.ratio_bar(table, "torch-log-space", "fused", by="wall ms", at_least=1.8)
+    bars += side_by_side.ratio_bar(table, "torch-BiLSTM", "fused", by="wall ms", at_least=1.6)
+    return {"what": "step", "plan": vars(plan), "columns": table, "bars": bars}
 
 
 def our_step(plan: Plan, form: "scan.Implementation") -> Callable[[], Any]:
@@ -184,7 +186,9 @@ def lengths(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     table = {name: encoders[name] | {"whole step, wall ms": steps[name]["wall ms"]} for name in plans}
     title = f"encoder, {total} s of audio as utterances of a length, float32, threads: {arguments.threads}"
     print(side_by_side.table(title, table, base=next(iter(plans)), by="wall ms"))
-    return {"what": "lengths", "plan": vars(plan), "columns": table}
+    times = [row["wall ms"] for row in encoders.values()]
+    bars = [side_by_side.bar("encoder, slowest over fastest length", max(times) / min(times), at_most=1.1)]
+    return {"what": "lengths", "plan": vars(plan), "columns": table, "bars": bars}
 
 
 def our_encoder(plan: Plan) -> Callable[[], Any]:

@@ -189,6 +189,23 @@ def table(
     return f"\n{title}\n" + "\n".join(body)
 
 
+def ratio_bar(
+    rows: Mapping[str, Mapping[str, float | str]], name: str, base: str, *, by: str = "CPU ms", at_least: float
+) -> list[dict[str, Any]]:
+    """The bar that a row's figure is so many times that of row `base`; none where a row is missing."""
+    if name not in rows or base not in rows:
+        return []
+    return [bar(f"{by}, {name} over {base}", float(rows[name][by]) / float(rows[base][by]), at_least=at_least)]
+
+
+def bar(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """Print a goal of the project, and whether a figure meets it; what is printed, for the JSON."""
+    met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    goal = f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}"
+    print(f"bar: {what}: {value:.3g}, {goal}: {'met' if met else 'missed'}")
+    return {"bar": what, "value": value, "goal": goal, "met": met}
+
+
 def _cell(value: float | str) -> str:
     if isinstance(value, str):
         return value

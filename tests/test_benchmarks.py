@@ -47,6 +47,20 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             assert errors or numbers["CPU ms"] > 0
     if name in ("bench_scan", "bench_mingru"):
         assert "extreme gates" in {table.get("errors") for table in written["results"]}
+    bars = [bar for table in written["results"] for bar in table.get("bars", ())]
+    assert len([line for line in done.stdout.splitlines() if line.startswith("bar: ")]) == len(bars)
+    at_least = {"bench_scan": 2, "bench_ctc": 3, "bench_features": 1, "bench_step": 1}  # without torch
+    assert len(bars) >= at_least.get(name, 0)
+
+
+def test_a_bar_is_met_at_its_value_and_missed_beyond_it(capsys):
+    rows: dict[str, dict[str, float | str]] = {"ours": {"CPU ms": 2.0}, "theirs": {"CPU ms": 3.0}}
+    for goal, met in ((1.5, True), (1.51, False)):
+        (bar,) = side_by_side.ratio_bar(rows, "theirs", "ours", at_least=goal)
+        assert bar["met"] is met
+    assert side_by_side.ratio_bar(rows, "missing", "ours", at_least=1) == []
+    assert [side_by_side.bar("x", 3e-5, at_most=goal)["met"] for goal in (3e-5, 2.9e-5)] == [True, False]
+    assert [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()] == ["met", "missed"] * 2
 
 
 @pytest.mark.parametrize(
