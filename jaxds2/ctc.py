@@ -248,12 +248,14 @@ def _forward_backward(
     blank_UB = jnp.sum(jnp.exp(blank - best), axis=-1)
     posterior_UBN = jnp.exp(label - best)
     total_UB = blank_UB + jnp.sum(posterior_UBN, axis=-1)
-    # By a matmul, not a scatter, whose order of summing is not defined on every device.
+    valid_BU1 = (jnp.arange(num_frames)[None, :] < lengths_B[:, None])[..., None]
+    # By a matmul, not a scatter, whose order of summing is not defined on every device; the blank is one label more,
+    # because whatever comes after the matmul is done for every class.
+    posterior_UBN = jnp.concatenate([blank_UB[..., None], posterior_UBN], axis=-1) / total_UB[..., None]
+    labels_BN = jnp.pad(labels_BN, ((0, 0), (1, 0)), constant_values=BLANK_ID)
     is_class_BNV = jax.nn.one_hot(labels_BN, logits_BUV.shape[2])
-    occupied_UBV = jnp.einsum("ubn,bnv->ubv", posterior_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
-    occupied_UBV = occupied_UBV.at[..., BLANK_ID].add(blank_UB) / total_UB[..., None]
-    valid_UB1 = (jnp.arange(num_frames)[:, None] < lengths_B[None, :])[..., None]
-    return loss_B, jnp.swapaxes(jnp.where(valid_UB1, jnp.exp(log_probs_UBV) - occupied_UBV, 0.0), 0, 1)
+    occupied_BUV = jnp.einsum("ubn,bnv->buv", posterior_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
+    return loss_B, jnp.where(valid_BU1, jnp.exp(jnp.swapaxes(log_probs_UBV, 0, 1)) - occupied_BUV, 0.0)
 
 
 def _add_two(a: jax.Array, b: jax.Array) -> jax.Array:
