@@ -23,6 +23,7 @@ FLOORS = (
         "allocator",
         "compiler",
         "lifeline",
+        "stacks",
         "model.cell",
         "model.stored",
     ),

@@ -281,6 +281,30 @@ def test_a_run_that_does_not_move_says_where_it_waits_and_goes_on(tones, whole, 
     assert "in slow" in (tmp_path / "run/stacks.txt").read_text()
 
 
+def test_a_manifest_that_does_not_come_is_said_on_standard_error_and_leaves_nothing_behind(
+    tones, tmp_path, monkeypatch, capfd
+):
+    """There is no log yet, nor a folder; on processes other than the first there never is a log."""
+    report, reported = Watchdog._report, threading.Event()
+
+    def listen(self):
+        report(self)
+        reported.set()
+
+    def read_a_dead_disk(*_):
+        assert reported.wait(60)
+        raise ConfigError("the disk is back")
+
+    monkeypatch.setattr(Watchdog, "_report", listen)
+    monkeypatch.setattr(loop, "read_training_data", read_a_dead_disk)
+    with pytest.raises(ConfigError, match="the disk is back"):
+        train(config(tones, watchdog_seconds=0.1), tmp_path / "run", progress=False)
+    said = capfd.readouterr().err
+    assert re.search(r"nothing has moved for 0\.1 s .*; still waiting in _train \(.*loop\.py:\d+\); ", said)
+    assert "in read_a_dead_disk" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_init_from_keeps_the_body_and_renews_the_head_of_a_new_alphabet(tones, learnt, tmp_path):
     base = config(tones, steps=1, init_from=str(learnt))
     data = dataclasses.replace(base.data, characters="abcd ")

@@ -20,6 +20,7 @@ from jaxds2.data.manifest import DURATION_TOLERANCE, Utterance
 from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.data.shards import Recordings
 from jaxds2.data.strings import SharedStrings
+from jaxds2.stacks import offer_stacks
 from jaxds2.text import Vocabulary
 from jaxds2.worker import prepare_worker
 
@@ -158,10 +159,11 @@ def _own(x: np.ndarray) -> np.ndarray:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leave signals to the training process, which saves and closes us; but never outlive it."""
+    """Leave signals to the training process, which saves and closes us, and say where we wait; but never outlive it."""
     del index, count
     prepare_worker()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    offer_stacks()
 
 
 class _Steps:

@@ -96,10 +96,17 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       OutOfMemoryError: it cannot go on; the last checkpoint is intact.
       CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
-    with FolderLock(run_dir, does="trains", option="--run") as lock:
+    number, several = jax.process_index(), jax.process_count() > 1
+    stacks = run_dir / (f"stacks-{number}.txt" if number else "stacks.txt")
+
+    def say(line: str) -> None:
+        print(f"process {number}: {line}" if several else line, file=sys.stderr, flush=True)
+
+    watchdog = Watchdog(config.training.watchdog_seconds, stacks, say)
+    with FolderLock(run_dir, does="trains", option="--run") as lock, watchdog:
         hosts.agree(_start(config, run_dir))
         with Checkpoints(run_dir / "checkpoints") as checkpoints:
-            return _train(config, run_dir, lock, checkpoints, progress)
+            return _train(config, run_dir, lock, checkpoints, watchdog, progress)
 
 
 def _start(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -120,7 +127,9 @@ def _start(config: Config, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _train(config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpoints, progress: bool) -> int:
+def _train(
+    config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpoints, watchdog: Watchdog, progress: bool
+) -> int:
     writes = jax.process_index() == 0
     source = None
     if config.training.init_from is not None and checkpoints.last() is None:
@@ -183,14 +192,15 @@ def _train(config: Config, run_dir: Path, lock: FolderLock, checkpoints: Checkpo
         state = TrainState(**checkpoints.restore(first_step, to_tree(state)))
 
     progress = progress and writes
-    stacks = run_dir / ("stacks.txt" if writes else f"stacks-{jax.process_index()}.txt")
     with (
         StopSignal() as signalled,  # until here there is nothing to save
         Monitor(
             run_dir, total_steps=total_steps, resume_step=first_step, progress=progress, silent=not writes
         ) as monitor,
-        Watchdog(config.training.watchdog_seconds, stacks, monitor.message) as watchdog,
     ):
+        watchdog.beat()
+        if writes:  # the others have no log; they go on saying it on standard error
+            watchdog.say = monitor.message
         monitor.message(describe(config))
         for reason, ids in left_out.items():
             line = f"left out: {len(ids)} {reason}: "

@@ -1,0 +1,76 @@
+"""Where the threads of a process wait: of this one, and of one that it has started, even when all of them hang."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+_NAME = "jaxds2-stacks"
+
+
+def place_of_main_thread() -> str:
+    """The innermost function of this package in which the main thread is: `name (FILE:LINE)`."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = traceback.extract_stack(frame)
+    ours = [call for call in calls if Path(call.filename).is_relative_to(Path(__file__).parent)] or calls
+    return f"{ours[-1].name} ({ours[-1].filename}:{ours[-1].lineno})" if ours else "an unknown place"
+
+
+def own_stacks() -> str:
+    """The stack of each thread of this process."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def offer_stacks() -> None:
+    """Let the process that started this one ask for its stacks; where the system has no files in memory, do nothing.
+
+    SIGUSR1 is the question: it is answered without the interpreter, whatever that waits for. The answer is written to
+    a file in memory, which the other finds by its name, and which says that the signal no longer kills.
+    """
+    if sys.platform == "linux":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        faulthandler.register(signal.SIGUSR1, file=os.memfd_create(_NAME), all_threads=True)
+
+
+def stacks_of(pid: int, *, wait_s: float = 2.0) -> str:
+    """The stacks of a process that has called `offer_stacks`; else a line that says why there are none.
+
+    Args:
+      pid: its number.
+      wait_s: for the answer.
+    """
+    if sys.platform != "linux":
+        return "unknown on this system\n"
+    answer = b""
+    try:
+        path = next((p for p in Path(f"/proc/{pid}/fd").iterdir() if _is_answer(p)), None)
+        if path is None:
+            return "it is still starting\n"
+        with path.open("rb", buffering=0) as file:
+            file.seek(0, os.SEEK_END)
+            os.kill(pid, signal.SIGUSR1)
+            deadline, heard = time.monotonic() + wait_s, False
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+                more = file.read()
+                if heard and not more:
+                    break
+                answer, heard = answer + more, bool(more)
+    except OSError:
+        return "it is gone\n"
+    return answer.decode(errors="replace") or "no answer: it waits in the kernel, as for a disk that is gone\n"
+
+
+def _is_answer(descriptor: Path) -> bool:
+    with contextlib.suppress(OSError):  # closed meanwhile
+        return os.readlink(descriptor).startswith(f"/memfd:{_NAME} ")
+    return False
