@@ -20,6 +20,10 @@ FAILED, LOST = 1, 75
 """Exit codes of those that cannot go on: for an error, which would come again; where one is gone without a word, which
 may go well when all start again from the last checkpoint."""
 
+LATEST = 1800.0
+"""Seconds that a process waits at its end for the last of the others: the first may still write the report of a large
+evaluation, or a checkpoint to a slow disk."""
+
 _SILENT = "killed, out of memory, or its host or network is down; nothing was heard of it any more"
 
 
@@ -85,14 +89,24 @@ class Lifeline:
             with self._change:
                 self._change.wait_for(lambda: self._gone >= set(self._peers), 2 * self._grace)
 
-    def finish(self) -> str | None:
-        """Wait until every process has come to its end; returns what `failure` does."""
+    def finish(self, *, latest_s: float = LATEST) -> str | None:
+        """Wait until every process has come to its end; returns what `failure` does.
+
+        One that is `latest_s` seconds later than process 0 has failed, and all hear it; the others wait twice as long
+        for process 0.
+        """
         if self._process:
             self._send("done", self._peers)
+        wait_s = 2 * latest_s if self._process else latest_s
         with self._change:
-            self._change.wait_for(lambda: self._failure is not None or self._done >= set(self._peers))
-            if self._failure is None and not self._process:
-                self._send("done", self._peers)
+            self._change.wait_for(lambda: self._failure is not None or self._done >= set(self._peers), wait_s)
+            if self._failure is None:
+                if late := sorted(set(self._peers) - self._done):
+                    why = f"it has not come to its end {wait_s:g} s after process {self._process} did"
+                    self._failure = f"process {late[0]} failed: {why}"
+                    self._send(f"failed {late[0]} {why}", self._peers)
+                elif not self._process:
+                    self._send("done", self._peers)
             return self._failure
 
     def _send(self, line: str, to: Mapping[int, socket.socket]) -> None:

@@ -69,6 +69,25 @@ def test_nobody_is_done_before_all_are():
         assert found == {0: None, 2: None}
 
 
+def test_one_that_does_not_come_to_its_end_is_named_to_all_and_nobody_waits_for_ever():
+    zero, one, two = lines(3)
+    with zero, one, two:
+        found: dict[int, str | None] = {}
+        done = threading.Thread(target=lambda: found.update({2: two.finish(latest_s=30)}))
+        done.start()
+        says = "process 1 failed: it has not come to its end 0.2 s after process 0 did"
+        assert zero.finish(latest_s=0.2) == one.failure(30) == says
+        done.join()
+        assert found == {2: says}
+
+
+def test_process_0_that_does_not_come_to_its_end_is_named_too():
+    zero, one = lines(2)
+    with zero, one:
+        assert one.finish(latest_s=0.1) == "process 0 failed: it has not come to its end 0.2 s after process 1 did"
+        assert zero.failure(30) == "process 0 failed: it has not come to its end 0.2 s after process 1 did"
+
+
 def test_a_failure_is_heard_by_those_that_are_at_their_end():
     zero, one = lines(2)
     with zero, one:
