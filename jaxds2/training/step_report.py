@@ -96,7 +96,8 @@ class StepReport:
             if 0 < self.config.training.max_skipped <= metrics.skipped_in_row:
                 raise TrainingError(
                     f"step {done}: {int(metrics.skipped_in_row)} steps in a row had a non-finite loss or gradient, the "
-                    f"last on {names}; lower optimizer.learning_rate, or look at these utterances with `jaxds2 check`"
+                    f"last on {names}; lower optimizer.learning_rate, or look at the utterances of these steps, which "
+                    f"skipped.jsonl in the run's folder names, with `jaxds2 check`"
                 )
         self.monitor.advance(done, loss=float(metrics.loss), skipped=int(metrics.skipped))
         if done % self.config.training.log_every == 0:
