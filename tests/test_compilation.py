@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxds2.config import Config, DataConfig, TrainingConfig
-from jaxds2.training.compilation import keep_compiled, out_of_memory
+from jaxds2.training.compilation import free_bytes, keep_compiled, out_of_memory
 
 
 @pytest.fixture
@@ -62,3 +65,26 @@ def test_out_of_memory_names_the_batch_and_what_would_fit(needed, free, says):
 def test_a_batch_of_the_fewest_rows_is_not_made_smaller_by_fewer_seconds():
     message = str(out_of_memory(CONFIG, (8, 160_000), needed=GIB, free=GIB))
     assert message.endswith("; data.rows_multiple=8 allows no fewer rows: lower data.max_duration")
+
+
+def test_rows_are_counted_over_all_processes(monkeypatch):
+    """Each of two has half of the 16 rows; 8 would be allowed."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = str(out_of_memory(CONFIG, (8, 160_000), needed=None, free=None))
+    assert message == "out of memory on batches of 16 x 10.00 s; data.batch_seconds is 160: start again with 80"
+    assert str(out_of_memory(CONFIG, (4, 160_000), needed=None, free=None)).endswith("lower data.max_duration")
+
+
+def test_out_of_memory_beside_the_batches_names_none():
+    message = str(out_of_memory(CONFIG, None, needed=None, free=GIB))
+    assert message.startswith("out of memory between two steps; 1024 MiB are free; data.batch_seconds is 160")
+
+
+def test_a_process_asks_its_own_device_what_is_free():
+    class Elsewhere:
+        def memory_stats(self) -> dict[str, int]:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: only supported for addressable devices")
+
+    here = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7, "bytes_in_use": 3})
+    mesh: Any = SimpleNamespace(devices=np.array([Elsewhere(), here]), local_devices=[here])
+    assert free_bytes(mesh) == 4

@@ -105,6 +105,7 @@ ARROWS = {
     ("training.dryrun", "training.selection"),
     ("training.dryrun", "inference.recognizer"),
     ("training.selection", "inference.recognizer"),
+    ("inference.recognizer", "training.compilation"),
     ("evaluation.evaluate", "inference.recognizer"),
     ("evaluation.report", "inference.recognizer"),
     ("evaluation.report", "evaluation.evaluate"),

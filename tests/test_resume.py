@@ -30,6 +30,7 @@ from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.compilation import OutOfMemoryError
 from jaxds2.training.loop import FINISHED, STOPPED, train
 from jaxds2.training.monitor import Monitor
+from jaxds2.training.step_report import StepReport
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,6 +205,68 @@ def test_out_of_memory_is_one_line_that_names_the_batch_and_leaves_the_last_chec
         assert checkpoints.last() == 2
     assert train(settings, tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 4770354232 bytes."
+
+
+class Poisoned:
+    """What a device gives back when it runs out of memory after the step has been started: reading it fails."""
+
+    def block_until_ready(self):
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+    def __array__(self, *_):
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+
+@pytest.mark.parametrize("surfaces", ["when it is read", "when the next step starts", "at the end"])
+def test_out_of_memory_that_surfaces_late_names_the_batch_of_its_own_step(tones, tmp_path, monkeypatch, surfaces):
+    settings = config(tones)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, num_buckets=3, dev=None))
+    plan = steps_of(settings)
+    fails_at = next(n for n in range(1, 20) if plan.step(n).bucket != plan.step(n + 1).bucket)
+    steps = fails_at + (1 if surfaces == "at the end" else 2)
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, steps=steps))
+    hold, place = StepReport.hold, loop.place
+    started = itertools.count()
+
+    def poison(self, group, losses, metrics):
+        if group[0].step == fails_at:
+            metrics = dataclasses.replace(metrics, loss=Poisoned())
+        hold(self, group, losses, metrics)
+
+    def refuse_poison(batch, mesh):
+        if next(started) == fails_at + 1 and surfaces == "when the next step starts":
+            raise jax.errors.JaxRuntimeError(EXHAUSTED)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(StepReport, "hold", poison)
+    monkeypatch.setattr(loop, "place", refuse_poison)
+    bucket = plan.step(fails_at).bucket
+    names = rf"^out of memory on batches of {bucket.rows} x {bucket.num_samples / 16_000:.2f} s; "
+    with pytest.raises(OutOfMemoryError, match=names):
+        train(settings, tmp_path / "run", progress=False)
+
+
+def test_out_of_memory_in_an_evaluation_is_one_line_and_what_was_trained_is_saved(tones, whole, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_eval_step", lambda *_, **__: exhausted)
+        with pytest.raises(OutOfMemoryError, match=r"^out of memory recognizing batches of \d+ x .*longest recordings"):
+            train(config(tones), tmp_path / "run", progress=False)
+    assert run_digest(tmp_path / "run") == run_digest(whole)
+
+
+def test_out_of_memory_while_saving_is_one_line(tones, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+    monkeypatch.setattr(Checkpoints, "save", exhausted)
+    with pytest.raises(CheckpointError, match=r"checkpoints: step 2 could not be saved, out of memory; older ones are"):
+        train(config(tones, checkpoint_every=2), tmp_path / "run", progress=False)
 
 
 def test_a_finished_run_is_not_trained_again(tones, whole):

@@ -21,6 +21,7 @@ from jaxds2.features import num_frames
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
+from jaxds2.training.compilation import free_bytes, is_out_of_memory, out_of_memory_recognizing
 from jaxds2.training.step import EvalOutput, make_eval_step
 
 WORTH_WORKERS = 100
@@ -102,8 +103,7 @@ class Recognizer:
     def warm_up(self, plan: BatchPlan) -> None:
         """Compile for every batch shape of a plan."""
         for bucket in plan.buckets:
-            batch = filler_batch(bucket.share(jax.process_count()))
-            jax.block_until_ready(self.eval_step(self.params, place(batch, self.mesh)))
+            self.emit(filler_batch(bucket.share(jax.process_count())))
 
     def run(
         self,
@@ -142,5 +142,15 @@ class Recognizer:
                 yield loaded.batch, self.emit(loaded.batch), loaded.failures
 
     def emit(self, batch: Batch) -> EvalOutput:
-        """The model's output for this process' rows of a batch, on the host."""
-        return own_rows(self.eval_step(self.params, place(batch, self.mesh)))
+        """The model's output for this process' rows of a batch, on the host.
+
+        Raises:
+          OutOfMemoryError: the device has too little memory for it.
+        """
+        try:
+            return own_rows(self.eval_step(self.params, place(batch, self.mesh)))
+        except jax.errors.JaxRuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            free = free_bytes(self.mesh)
+            raise out_of_memory_recognizing(self.config, batch.audio_BS.shape, free=free) from e

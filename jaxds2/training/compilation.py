@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Wrapped
 
 from jaxds2.config import Config
-from jaxds2.data.pipeline import filler_batch
+from jaxds2.data.pipeline import Batch, filler_batch
 from jaxds2.data.placement import place
 from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.model.deepspeech2 import Params
@@ -19,6 +19,8 @@ from jaxds2.training.monitor import Monitor
 
 LOOK_AHEAD = 1000
 """Batch shapes that occur in this many coming steps are compiled before the first."""
+
+_BESIDE = "weights and optimizer"
 
 
 class OutOfMemoryError(ValueError):
@@ -70,12 +72,7 @@ def compile_ahead(
             break
         monitor.preparing("compiling batch shape", done, len(buckets))
         shape = bucket.rows, bucket.num_samples
-        try:
-            compiled[shape] = gradient_step.lower(params, place(filler_batch(bucket), mesh)).compile()
-        except JaxRuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            raise out_of_memory(config, shape, needed=None, free=free_bytes(mesh)) from e
+        compiled[shape] = compile_shape(config, gradient_step, params, filler_batch(bucket), mesh)
         if (temporaries := temporary_bytes(compiled[shape])) is not None:
             needed[shape] = temporaries
     monitor.preparing("", len(buckets), len(buckets))
@@ -84,11 +81,24 @@ def compile_ahead(
         message += ", those that come up in the next steps"
     if needed:
         most = max(needed, key=needed.__getitem__)
-        message += (
-            f"; a step needs up to {_mib(needed[most])} a device beside weights and optimizer, on "
-            f"{_describe(config, most)}"
-        )
+        message += f"; a step needs up to {_mib(needed[most])} a device beside {_BESIDE}, on {_describe(config, most)}"
     monitor.message(message)
+    return compiled
+
+
+def compile_shape(config: Config, gradient_step: Wrapped, params: Params, batch: Batch, mesh: Mesh) -> Compiled:
+    """The gradient step compiled for the shape of this process' `batch`.
+
+    Raises:
+      OutOfMemoryError: there is too little memory to compile it.
+    """
+    shape = batch.audio_BS.shape
+    try:
+        compiled = gradient_step.lower(params, place(batch, mesh)).compile()
+    except JaxRuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise out_of_memory(config, shape, needed=None, free=free_bytes(mesh)) from e
     return compiled
 
 
@@ -99,8 +109,8 @@ def temporary_bytes(executable: Compiled | None) -> int | None:
 
 
 def free_bytes(mesh: Mesh) -> int | None:
-    """What is free on each device; None: it does not say, as on a CPU."""
-    statistics = mesh.devices.flat[0].memory_stats() or {}
+    """What is free on a device of this process; None: it does not say, as on a CPU."""
+    statistics = mesh.local_devices[0].memory_stats() or {}  # those of other processes raise an error
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
 
 
@@ -109,30 +119,43 @@ def is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
-def out_of_memory(config: Config, shape: tuple[int, ...], *, needed: int | None, free: int | None) -> OutOfMemoryError:
+def out_of_memory(
+    config: Config, shape: tuple[int, ...] | None, *, needed: int | None, free: int | None
+) -> OutOfMemoryError:
     """What to say when a step on a batch has run out of memory.
 
     The temporaries are proportional to the seconds in a batch. A tenth of what is free is left for fragments.
 
     Args:
       config: the whole configuration.
-      shape: of the batch's audio_BS.
+      shape: of this process' audio_BS; None: all steps went well, it was something beside them.
       needed: see `temporary_bytes`.
       free: see `free_bytes`.
     """
-    known = "" if needed is None else f"; a step needs {_mib(needed)} a device beside weights and optimizer"
+    known = "" if needed is None else f"; a step needs {_mib(needed)} a device beside {_BESIDE}"
     known += "" if free is None else f", {_mib(free)} are free" if known else f"; {_mib(free)} are free"
-    if shape[0] <= config.data.rows_multiple:
+    if shape is not None and shape[0] * jax.process_count() <= config.data.rows_multiple:
         remedy = f"data.rows_multiple={config.data.rows_multiple} allows no fewer rows: lower data.max_duration"
     else:
         share = min(0.9 * free / needed, 0.75) if free is not None and needed else 0.5
         fitting = config.data.batch_seconds * share
         remedy = f"data.batch_seconds is {config.data.batch_seconds:g}: start again with {fitting:.3g}"
-    return OutOfMemoryError(f"out of memory on {_describe(config, shape)}{known}; {remedy}")
+    what = "between two steps" if shape is None else f"on {_describe(config, shape)}"
+    return OutOfMemoryError(f"out of memory {what}{known}; {remedy}")
+
+
+def out_of_memory_recognizing(config: Config, shape: tuple[int, ...], *, free: int | None) -> OutOfMemoryError:
+    """What to say when a batch has not been recognized for lack of memory; arguments as of `out_of_memory`."""
+    known = "" if free is None else f"; {_mib(free)} are free"
+    return OutOfMemoryError(
+        f"out of memory recognizing {_describe(config, shape)}{known}; leave out the longest recordings, or use a "
+        f"device with more memory (data.batch_seconds is {config.data.batch_seconds:g})"
+    )
 
 
 def _describe(config: Config, shape: tuple[int, ...]) -> str:
-    return f"batches of {shape[0]} x {shape[1] / config.features.sample_rate:.2f} s"
+    """The batches of all processes, as a dry run and the config have them."""
+    return f"batches of {shape[0] * jax.process_count()} x {shape[1] / config.features.sample_rate:.2f} s"
 
 
 def _mib(count: int) -> str:

@@ -29,7 +29,9 @@ from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.compilation import (
+    OutOfMemoryError,
     compile_ahead,
+    compile_shape,
     free_bytes,
     is_out_of_memory,
     keep_compiled,
@@ -93,7 +95,7 @@ def train(config: Config, run_dir: Path, *, progress: bool = True) -> int:
       ConfigError, ManifestError, ShardError, AudioError, TextError, LockError, HostsError: it cannot start, one line
         each.
       TrainingError, PipelineError, EvaluationError: it cannot go on; the last good state is saved.
-      OutOfMemoryError: it cannot go on; the last checkpoint is intact.
+      OutOfMemoryError: it cannot go on; the last checkpoint is intact, or made now where it was not a step that failed.
       CheckpointError, MonitorError, WriteError: it cannot read or write the run; the last good checkpoint is intact.
     """
     number, several = jax.process_index(), jax.process_count() > 1
@@ -245,7 +247,15 @@ def _train(
             }
             meta |= {"left_out": list(report.left_out)}
             meta |= {"config": dataclasses.asdict(config), "characters": vocabulary.characters}
-            checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
+            try:
+                checkpoints.save(step, to_tree(state), meta=meta, wer=wer)
+            except jax.errors.JaxRuntimeError as e:  # a state that is split is put together first
+                if not is_out_of_memory(e):
+                    raise
+                raise CheckpointError(
+                    f"{checkpoints.root}: step {step} could not be saved, out of memory; older ones are intact; start "
+                    f"again with less than data.batch_seconds={config.data.batch_seconds:g}"
+                ) from e
 
         stop = hosts.SharedStop(signalled)
 
@@ -293,8 +303,10 @@ def _train(
                 report.since, report.waited = time.perf_counter(), 0.0
 
                 def gradient(loaded: LoadedBatch) -> tuple[Params, BatchLoss]:
-                    of_shape = compiled.get(loaded.batch.audio_BS.shape, gradient_step)
-                    return of_shape(state.params, place(loaded.batch, mesh))
+                    shape = loaded.batch.audio_BS.shape
+                    if shape not in compiled:
+                        compiled[shape] = compile_shape(config, gradient_step, state.params, loaded.batch, mesh)
+                    return compiled[shape](state.params, place(loaded.batch, mesh))
 
                 for group in report.awaited(batches if not stop() else ()):
                     with jax.transfer_guard("disallow"):  # a copy that nobody asked for would wait for the device
@@ -320,12 +332,19 @@ def _train(
         except Interrupted:
             finished = False  # the evaluation is made up for on resume
         except jax.errors.JaxRuntimeError as e:
-            if report.running is None or not is_out_of_memory(e):
+            if not is_out_of_memory(e):
                 raise
-            needed = temporary_bytes(compiled.get(report.running))
-            raise out_of_memory(config, report.running, needed=needed, free=free_bytes(mesh)) from e
+            shape = report.failed_shape()
+            needed = None if shape is None else temporary_bytes(compiled.get(shape))
+            raise out_of_memory(config, shape, needed=needed, free=free_bytes(mesh)) from e
+        except OutOfMemoryError:  # in an evaluation, or compiling a shape that comes late: the state is whole
+            if step and checkpoints.last() != step and jax.process_count() == 1:  # of several only all can save
+                with contextlib.suppress(TrainingError, CheckpointError, jax.errors.JaxRuntimeError):
+                    report.flush()
+                    save(step, None)
+            raise
         except (TrainingError, PipelineError, EvaluationError) as e:
-            with contextlib.suppress(TrainingError):
+            with contextlib.suppress(TrainingError, jax.errors.JaxRuntimeError):
                 report.flush()
             alone = isinstance(e, PipelineError) and jax.process_count() > 1  # the others go on; only all can save
             if checkpoints.last() != step and not alone:

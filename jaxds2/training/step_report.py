@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from jaxds2.config import Config
 from jaxds2.data.pipeline import LoadedBatch
@@ -35,9 +36,10 @@ class StepReport:
         self.ids = ids
         self.monitor = monitor
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.pending: tuple[Sequence[LoadedBatch], Sequence[BatchLoss], StepMetrics] | None = None
-        self.running: tuple[int, ...] | None = None
-        """Largest shape of an audio_BS of the step that is being started; None: none is."""
+        self.unread: list[tuple[Sequence[LoadedBatch], Sequence[BatchLoss], StepMetrics]] = []
+        """Steps that have been started and whose metrics have not come yet, at most two."""
+        self.starting: Sequence[LoadedBatch] = ()
+        """The batches of the step that is being started; empty: none is."""
         self.losses: list[float] = []
         self.samples = self.padded_samples = 0
         self.infeasible = self.unreadable = 0
@@ -56,7 +58,7 @@ class StepReport:
             self.waited += time.perf_counter() - begin
             if not group:
                 return
-            self.running = max((loaded.batch.audio_BS.shape for loaded in group), key=math.prod)
+            self.starting = group
             yield group
 
     def hold(self, group: Sequence[LoadedBatch], losses: Sequence[BatchLoss], metrics: StepMetrics) -> None:
@@ -67,22 +69,36 @@ class StepReport:
           losses: of each of them.
           metrics: of the update.
         """
-        before, self.pending = self.pending, (group, losses, metrics)
-        if before is not None:
-            self._report(*before)
-        self.running = None
+        self.unread.append((group, losses, metrics))
+        self.starting = ()
+        if len(self.unread) > 1:
+            self._report_next()
 
     def flush(self) -> None:
         """Report the step that is held. Raises TrainingError, as `hold` does, after too many skipped steps in a row."""
-        before, self.pending = self.pending, None
-        if before is not None:
-            self._report(*before)
+        if self.unread:
+            self._report_next()
 
-    def _report(
-        self, group: Sequence[LoadedBatch], device_losses: Sequence[BatchLoss], device_metrics: StepMetrics
-    ) -> None:
-        metrics: StepMetrics = jax.device_get(device_metrics)
-        losses: Sequence[BatchLoss] = jax.device_get(device_losses)
+    def failed_shape(self) -> tuple[int, ...] | None:
+        """After an error of a device: the largest shape of an audio_BS of the first step that has not gone well.
+
+        An error may come to light when a step's metrics are read, or when its weights go into the next one.
+        None: all have gone well.
+        """
+        for group, _, metrics in self.unread:
+            try:
+                jax.block_until_ready(metrics)
+            except JaxRuntimeError:
+                return _largest_shape(group)
+        return _largest_shape(self.starting) if self.starting else None
+
+    def _report_next(self) -> None:
+        group, device_losses, device_metrics = self.unread[0]
+        losses, metrics = jax.device_get((device_losses, device_metrics))
+        del self.unread[0]  # it has gone well, or ends training for another reason
+        self._report(group, losses, metrics)
+
+    def _report(self, group: Sequence[LoadedBatch], losses: Sequence[BatchLoss], metrics: StepMetrics) -> None:
         done = group[0].step // self.config.training.accumulate + 1
         for loaded, loss in zip(group, losses, strict=True):
             self._report_rows(done, loaded, loss)
@@ -173,3 +189,7 @@ class StepReport:
             self.monitor.message(f"step {step}: left out of the dev loss, label longer than its frames: {names}")
         self.monitor.sample_table(step, list(zip(scores.ids, scores.refs, scores.hyps, strict=True))[:8])
         self.monitor.figure(step, "dev/alignment", alignment_picture(scores.example, vocabulary))
+
+
+def _largest_shape(group: Sequence[LoadedBatch]) -> tuple[int, ...]:
+    return max((loaded.batch.audio_BS.shape for loaded in group), key=math.prod)
