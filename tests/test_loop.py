@@ -32,11 +32,14 @@ from jaxds2.training.monitor import Monitor
 from jaxds2.training.selection import read_training_data
 from jaxds2.training.watchdog import Watchdog
 
+NEEDED = r" batches of \d+ x \d\.\d\d s: a step needs \d+ MiB a device beside weights and optimizer$"
+
 
 def test_a_shape_that_was_not_compiled_ahead_gives_the_same_step(tones, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "shapes_ahead", lambda *_: [])
     assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
     assert run_digest(tmp_path / "run") == run_digest(whole)
+    assert len(re.findall(NEEDED, (tmp_path / "run/train.log").read_text(), re.MULTILINE)) == 1
 
 
 def test_a_step_makes_no_copy_that_was_not_asked_for(tones, tmp_path, monkeypatch):
@@ -244,6 +247,19 @@ def test_the_first_step_takes_over_the_buffers_of_the_state_and_compiles_only_wh
     log = (tmp_path / "run/train.log").read_text()
     assert " 3 batch shapes, " in log
     assert re.search("compiled 1 of 3 batch shapes in .* s, those that come up in the next steps;", log)
+
+
+def test_the_memory_of_each_batch_shape_is_in_the_log_before_the_first_step(tones, tmp_path, capsys):
+    base = config(tones, steps=4)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, dev=None, num_buckets=3))
+    assert train(base, tmp_path / "run", progress=False) == FINISHED
+    log = (tmp_path / "run/train.log").read_text()
+    plan = steps_of(base)
+    shapes = {plan.step(n).bucket for n in range(4)}
+    before, compiled, _ = log.partition(f"compiled {len(shapes)} of 3 batch shapes")
+    assert compiled
+    assert len(re.findall(NEEDED, before, re.MULTILINE)) == len(shapes) > 1
+    assert not re.search(NEEDED, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_memory_of_the_largest_batch_is_said_before_the_first_step(tones, whole):

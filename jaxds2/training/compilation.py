@@ -20,8 +20,6 @@ from jaxds2.training.monitor import Monitor
 LOOK_AHEAD = 1000
 """Batch shapes that occur in this many coming steps are compiled before the first."""
 
-_BESIDE = "weights and optimizer"
-
 
 class OutOfMemoryError(ValueError):
     """The device has too little memory for a batch; the message says which, and what would fit."""
@@ -72,7 +70,7 @@ def compile_ahead(
             break
         monitor.preparing("compiling batch shape", done, len(buckets))
         shape = bucket.rows, bucket.num_samples
-        compiled[shape] = compile_shape(config, gradient_step, params, filler_batch(bucket), mesh)
+        compiled[shape] = compile_shape(config, gradient_step, params, filler_batch(bucket), mesh, monitor)
         if (temporaries := temporary_bytes(compiled[shape])) is not None:
             needed[shape] = temporaries
     monitor.preparing("", len(buckets), len(buckets))
@@ -81,13 +79,18 @@ def compile_ahead(
         message += ", those that come up in the next steps"
     if needed:
         most = max(needed, key=needed.__getitem__)
-        message += f"; a step needs up to {_mib(needed[most])} a device beside {_BESIDE}, on {_describe(config, most)}"
+        message += (
+            f"; a step needs up to {_mib(needed[most])} a device beside weights and optimizer, on "
+            f"{_describe(config, most)}"
+        )
     monitor.message(message)
     return compiled
 
 
-def compile_shape(config: Config, gradient_step: Wrapped, params: Params, batch: Batch, mesh: Mesh) -> Compiled:
-    """The gradient step compiled for the shape of this process' `batch`.
+def compile_shape(
+    config: Config, gradient_step: Wrapped, params: Params, batch: Batch, mesh: Mesh, monitor: Monitor
+) -> Compiled:
+    """The gradient step compiled for the shape of this process' `batch`; `train.log` gets what it needs, in a line.
 
     Raises:
       OutOfMemoryError: there is too little memory to compile it.
@@ -99,6 +102,10 @@ def compile_shape(config: Config, gradient_step: Wrapped, params: Params, batch:
         if not is_out_of_memory(e):
             raise
         raise out_of_memory(config, shape, needed=None, free=free_bytes(mesh)) from e
+    if (temporaries := temporary_bytes(compiled)) is not None:
+        monitor.log(
+            f"{_describe(config, shape)}: a step needs {_mib(temporaries)} a device beside weights and optimizer"
+        )
     return compiled
 
 
@@ -132,7 +139,7 @@ def out_of_memory(
       needed: see `temporary_bytes`.
       free: see `free_bytes`.
     """
-    known = "" if needed is None else f"; a step needs {_mib(needed)} a device beside {_BESIDE}"
+    known = "" if needed is None else f"; a step needs {_mib(needed)} a device beside weights and optimizer"
     known += "" if free is None else f", {_mib(free)} are free" if known else f"; {_mib(free)} are free"
     if shape is not None and shape[0] * jax.process_count() <= config.data.rows_multiple:
         remedy = f"data.rows_multiple={config.data.rows_multiple} allows no fewer rows: lower data.max_duration"

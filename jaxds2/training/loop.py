@@ -305,7 +305,9 @@ def _train(
                 def gradient(loaded: LoadedBatch) -> tuple[Params, BatchLoss]:
                     shape = loaded.batch.audio_BS.shape
                     if shape not in compiled:
-                        compiled[shape] = compile_shape(config, gradient_step, state.params, loaded.batch, mesh)
+                        compiled[shape] = compile_shape(
+                            config, gradient_step, state.params, loaded.batch, mesh, monitor
+                        )
                     return compiled[shape](state.params, place(loaded.batch, mesh))
 
                 for group in report.awaited(batches if not stop() else ()):

@@ -81,7 +81,7 @@ class Monitor:
             nowhere = Path(os.devnull)
             self._metrics = (nowhere if silent else run_dir / "metrics.jsonl").open("a", encoding="utf-8")
             self._skipped = nowhere if silent else run_dir / "skipped.jsonl"
-            self._log = (nowhere if silent else run_dir / "train.log").open("a", encoding="utf-8")
+            self._train_log = (nowhere if silent else run_dir / "train.log").open("a", encoding="utf-8")
             # Without the suffix, a second start within one second would overwrite the file of the first.
             self._tensorboard = SummaryWriter(
                 f"{_EventFile.PREFIX}:{run_dir / 'tensorboard'}",
@@ -123,7 +123,7 @@ class Monitor:
         self._bar.close()
         self._tensorboard.close()
         failures = [self._events.failure] if self._events.failure else []
-        for file in (self._metrics, self._log):
+        for file in (self._metrics, self._train_log):
             try:
                 file.close()
             except OSError as e:
@@ -174,9 +174,13 @@ class Monitor:
             return
         with tqdm.external_write_mode(file=sys.stdout):
             print(text if shown is None else shown, flush=True)
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """Append text to `train.log` with the time, and print nothing."""
         with self._writing():
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
+            self._train_log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._train_log.flush()
 
     def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write named numbers to `metrics.jsonl` and TensorBoard.
