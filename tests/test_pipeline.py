@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -80,6 +81,16 @@ def test_rows_hold_the_audio_and_labels_of_their_utterances(utterances, speed):
             assert batch.label_lengths_B[row] == len(label)
             assert batch.labels_BN[row].tolist() == label + [0] * (batch.labels_BN.shape[1] - len(label))
     assert Counter(seen) == dict.fromkeys(range(len(utterances)), 2)
+
+
+def test_workers_start_before_anybody_asks_for_a_batch(utterances):
+    """While the first steps are compiled they read already."""
+    with load_batches(utterances, make_plan(utterances), vocabulary=VOCABULARY, workers=2):
+        deadline = time.monotonic() + 60
+        while len(multiprocessing.active_children()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not multiprocessing.active_children()
 
 
 def test_loading_from_a_step_continues_the_batches(utterances):

@@ -126,6 +126,8 @@ def load_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker)
+        # grain starts workers only when somebody waits for an element: here a thread that is one ahead.
+        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
     iterator = iter(dataset)
     batches = _receive(iterator)
     try:
