@@ -1,4 +1,4 @@
-"""From files to batches: what reading a recording costs by its format, and how fast the loader feeds a device.
+"""From files to batches: what reading a recording costs by its format, and how long a device waits for the loader.
 
 python benchmarks/bench_pipeline.py [--manifest data/an4/train.jsonl]
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}
 UTTERANCES = 200
+RATES = (0.1, 0.3)
+"""Audio hours a second that a device takes; a CPU of two cores trains AN4's model at 0.05 (RESULTS.md)."""
 AN4 = Path(__file__).parents[1] / "data/an4/train.jsonl"
 
 
@@ -83,18 +85,38 @@ def reading(corpora: "dict[str, list[Utterance]]", arguments: argparse.Namespace
 
 
 def loading(corpora: "dict[str, list[Utterance]]", arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whole batches as training gets them, by the clock, once the first one is there."""
+    """Whole batches as training gets them: how fast they come, and what share of its time a device waits for them.
+
+    The device sleeps as long as its step would take, so all cores are the loader's, as beside an accelerator. How many
+    cores keep one busy that takes an audio hour a second follows from the loader's own process time, in threads: other
+    rates need as many times more or fewer.
+    """
     table: dict[str, dict[str, float]] = {}
+    epochs = 2 if arguments.small else 4
     for name, utterances in corpora.items():
         for workers in (0,) if arguments.small else (0, 1, 2):
-            table[f"ours-{name}-{workers}-workers"] = load(utterances, workers, epochs=2 if arguments.small else 4)
-    title = f"the loader, with speed perturbation, on {arguments.threads} core(s)"
+            row = load(utterances, workers, epochs)
+            for rate in (100.0,) if arguments.small else RATES:
+                row[f"waits, % at {rate:g}"] = load(utterances, workers, epochs, rate)["waits, %"]
+            if not workers:
+                row["audio hours a core-second"] = row["audio hours a second"] * row["wall ms"] / row["CPU ms"]
+                row["cores for 1 a second"] = 1 / row["audio hours a core-second"]
+            table[f"ours-{name}-{workers}-workers"] = row
+    title = (
+        f"the loader, with speed perturbation, on {arguments.threads} core(s); share of its time that a device waits "
+        "which takes so many audio hours a second"
+    )
     print(side_by_side.table(title, table))
     return {"what": "loading", "columns": table}
 
 
-def load(utterances: "Sequence[Utterance]", workers: int, epochs: int) -> dict[str, float]:
-    """Hours of audio a second."""
+def load(utterances: "Sequence[Utterance]", workers: int, epochs: int, rate: float | None = None) -> dict[str, float]:
+    """Process time (without that of workers), clock, and hours of audio a second.
+
+    With a `rate`, of a device that takes so many of them, and what share of the time it waits; without, of one that
+    takes all. From the batch by which all workers have started to the last one, not to the end of the loader: grain's
+    workers take a second to end, and training never waits for that.
+    """
     import numpy as np
 
     from jaxds2.config import DataConfig
@@ -106,13 +128,21 @@ def load(utterances: "Sequence[Utterance]", workers: int, epochs: int) -> dict[s
     data = DataConfig(batch_seconds=30.0, rows_multiple=1)
     plan = BatchPlan(durations_N, labels_N, digest="", data=data, seed=0, speed=0.1, sample_rate=16_000)
     steps = plan.steps_for_epochs(epochs)
-    with load_batches(utterances, plan, vocabulary=None, workers=workers, stop_step=steps) as batches:
-        next(batches)
-        begin, begin_cpu, samples = time.perf_counter(), time.process_time(), 0
-        for loaded in batches:
-            samples += int(loaded.batch.audio_lengths_B.sum())
+    waited, hours = 0.0, 0.0
+    with load_batches(utterances, plan, vocabulary=None, workers=workers) as batches:
+        for _ in range(4 * workers + 1):  # more than the worker that started first has ready before the last one starts
+            next(batches)
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches).batch
+            waited += time.perf_counter() - asked
+            hours += int(batch.audio_lengths_B.sum()) / 16_000 / 3600
+            if rate:
+                time.sleep(max(0.0, begin + waited + hours / rate - time.perf_counter()))
         seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-    return {"CPU ms": 1e3 * cpu, "wall ms": 1e3 * seconds, "audio hours a second": samples / 16_000 / 3600 / seconds}
+    figures = {"CPU ms": 1e3 * cpu, "wall ms": 1e3 * seconds, "audio hours a second": hours / seconds}
+    return figures | ({"waits, %": 100 * waited / seconds} if rate else {})
 
 
 if __name__ == "__main__":

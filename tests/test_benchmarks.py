@@ -47,6 +47,9 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             assert errors or numbers["CPU ms"] > 0
     if name in ("bench_scan", "bench_mingru"):
         assert "extreme gates" in {table.get("errors") for table in written["results"]}
+    if name == "bench_pipeline":
+        loading = written["results"][-1]["columns"].values()
+        assert all(0 <= row["waits, % at 100"] <= 100 and row["cores for 1 a second"] > 0 for row in loading)
     bars = [bar for table in written["results"] for bar in table.get("bars", ())]
     assert len([line for line in done.stdout.splitlines() if line.startswith("bar: ")]) == len(bars)
     at_least = {"bench_scan": 2, "bench_ctc": 3, "bench_features": 1, "bench_step": 1}  # without torch
