@@ -30,8 +30,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
-
 from jaxds2.audio import AudioError, EncodedAudio
 from jaxds2.data.manifest import INDEX, Utterance, manifest_digest, manifest_path, read_manifest, to_record
 from jaxds2.files import replacing, write_whole
@@ -40,6 +38,7 @@ from jaxds2.worker import prepare_worker
 
 if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordReader
+    from tqdm import tqdm
 
 SHARD_BYTES = 256_000_000
 """Default size of a shard: LibriSpeech's 960 hours are 240 of them, so that there is work for every process and a day's
@@ -217,6 +216,8 @@ def shard_faults(
       checksums: also read every shard and compare its SHA-256.
       progress: show a bar while doing so.
     """
+    from tqdm import tqdm
+
     last_record: dict[Path, int] = {}
     for u in utterances:
         if u.shard_record is not None:
@@ -374,6 +375,7 @@ def _fill(
 
 def _sizes(manifest: Path, utterances: Sequence[Utterance], progress: bool) -> list[int]:
     """Bytes of each audio file. Raises ShardError: they are not all there; names them."""
+    from tqdm import tqdm
 
     def look(u: Utterance) -> int | str:
         try:
@@ -562,7 +564,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _bar(what: str, size: int, shown: bool) -> tqdm:
+def _bar(what: str, size: int, shown: bool) -> "tqdm":
+    from tqdm import tqdm
+
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=None if shown else True)
 
 
