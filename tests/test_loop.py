@@ -24,6 +24,7 @@ from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.lock import LockError
+from jaxds2.model import mosaic
 from jaxds2.text import TextError, Vocabulary
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
@@ -47,6 +48,21 @@ def test_a_step_makes_no_copy_that_was_not_asked_for(tones, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "place", lambda batch, mesh: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(config(tones), tmp_path / "run", progress=False)
+
+
+def test_a_form_that_stands_in_for_the_kernel_is_named_in_training_and_when_the_run_is_loaded(
+    tones, tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(mosaic, "stand_in", lambda *given: asked.append(given) or "no kernel here (too narrow)")
+    settings = config(tones, steps=1)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan="fused"))
+    train(settings, tmp_path / "run", progress=False)
+    assert "no kernel here (too narrow)" in (tmp_path / "run/train.log").read_text()
+    capsys.readouterr()
+    Recognizer.load(tmp_path / "run", "last")
+    assert capsys.readouterr().err == "no kernel here (too narrow)\n"
+    assert asked == [(16, "cpu")] * 2
 
 
 def test_weights_to_start_from_that_are_damaged_are_one_line(tones, whole, tmp_path):

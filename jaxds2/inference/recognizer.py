@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, own_rows, place, replicate, rows_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
+from jaxds2.model import mosaic
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
@@ -82,7 +84,10 @@ class Recognizer:
         # Its batches are planned anew, so any number of processes can share them.
         mesh = data_mesh(None, rows_multiple=math.lcm(config.data.rows_multiple, jax.process_count()))
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
-        options = compiler_options(mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        if config.model.scan == "fused" and (line := mosaic.stand_in(config.model.hidden, platform)):
+            print(line, file=sys.stderr)
+        options = compiler_options(platform)
         eval_step = make_eval_step(apply, config.features, mesh=mesh)
         eval_step = jax.jit(eval_step, out_shardings=rows_of(mesh), compiler_options=options)
         return cls(config, vocabulary, mesh, eval_step, replicate(params, mesh), step)

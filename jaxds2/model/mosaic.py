@@ -30,9 +30,13 @@ MIN_JAX = (0, 11)
 MIN_CAPABILITY = 9.0
 
 
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest error of `probe` by dtype: rounding to bfloat16 makes 0.008 of it, a frame that is not its own 1."""
+
+
 @functools.cache
 def missing() -> str | None:
-    """Why the kernel cannot be used on the default device; None where it can. Tried once, on a small input."""
+    """Why the kernel cannot be used on the default device; None where it can. Tried once, on small inputs."""
     if jax.__version_info__[:2] < MIN_JAX:
         return f"it needs jax {'.'.join(map(str, MIN_JAX))} or later, this is {jax.__version__}"
     if jax.default_backend() != "gpu":
@@ -40,47 +44,83 @@ def missing() -> str | None:
     device = jax.local_devices()[0]
     if float(getattr(device, "compute_capability", 0.0)) < MIN_CAPABILITY:
         return f"it needs compute capability {MIN_CAPABILITY}, the {device.device_kind} has another"
-    try:
-        with jax.ensure_compile_time_eval():
-            error = probe()
-    except Exception as e:  # whatever an unstable API raises, training goes on without it
-        return f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-    return None if error < 1e-4 else f"it is off by {error:.1e} on this device"
+    return fault()
+
+
+def fault() -> str | None:
+    """What `probe` finds wrong in a dtype that training uses; None: nothing."""
+    for name, tolerance in TOLERANCES.items():
+        try:
+            with jax.ensure_compile_time_eval():
+                error = probe(dtype=jnp.dtype(name))
+        except Exception as e:  # whatever an unstable API raises, training goes on without it
+            return f"in {name}: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        if not error < tolerance:  # NaN too
+            return f"it is off by {error:.1e} in {name} on this device"
+    return None
+
+
+def why_not(width: int) -> str | None:
+    """Why the kernel does not take a layer with so many states a direction on the default device; None: it does."""
+    if width % CHANNELS:
+        return f"it needs a multiple of {CHANNELS} states a direction, these are {width}"
+    return missing()
+
+
+def stand_in(width: int, platform: str) -> str | None:
+    """What to say of model.scan=fused where another form takes the kernel's place; None: nothing.
+
+    On a CPU `fused` is no kernel. A kernel that fails while it runs is not seen here, nor is one that never ends.
+    """
+    if platform == "cpu" or (why := why_not(width)) is None:
+        return None
+    return f"model.scan=fused: no kernel here ({why}); the associative form takes its place"
 
 
 def serves(gate_TBD: jax.Array) -> bool:
     """Whether the kernel takes these arrays on the default device."""
-    return gate_TBD.shape[-1] % CHANNELS == 0 and gate_TBD.shape[0] > 0 and missing() is None
+    return gate_TBD.shape[0] > 0 and why_not(gate_TBD.shape[-1]) is None
 
 
-def probe(frames: int = 2 * TILE + 3, rows: int = 2, width: int = CHANNELS, candidate_fn: Candidate = "g") -> float:
-    """Largest error of states and gradients, both directions at once, against steps one by one in NumPy's float64."""
+def probe(
+    frames: int = 2 * TILE + 3,
+    rows: int = 2,
+    width: int = CHANNELS,
+    candidate_fn: Candidate = "g",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> float:
+    """Largest error of states and gradients, both directions at once, against steps one by one in NumPy's float64.
+
+    NaN where one of them is NaN. Gates, candidates and the derivatives by the states are in `dtype`.
+    """
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> list[np.ndarray]:
         return [rng.standard_normal(shape, np.float32) for _ in range(2)]
 
-    gates, candidates, dhs = (draw(frames, rows, width) for _ in range(3))
-    h0s, dh_lasts = draw(rows, width), draw(rows, width)
+    def rounded(kind: list[np.ndarray]) -> list[jax.Array]:
+        return [jnp.asarray(x).astype(dtype) for x in kind]
+
+    gates, candidates, dhs = (rounded(draw(frames, rows, width)) for _ in range(3))
+    h0s, dh_lasts = (list(map(jnp.asarray, draw(rows, width))) for _ in range(2))
     reverses = (False, True)
-    gate, v, h0, dh, dh_last = (list(map(jnp.asarray, kind)) for kind in (gates, candidates, h0s, dhs, dh_lasts))
-    hs, lasts = forward(gate, v, h0, candidate_fn=candidate_fn, reverses=reverses)
-    grads = backward(gate, v, hs, h0, dh, dh_last, candidate_fn=candidate_fn, reverses=reverses)
-    worst = 0.0
+    hs, lasts = forward(gates, candidates, h0s, candidate_fn=candidate_fn, reverses=reverses)
+    grads = backward(gates, candidates, hs, h0s, dhs, dh_lasts, candidate_fn=candidate_fn, reverses=reverses)
+    errors = []
     for way, reverse in enumerate(reverses):
-        given = [kind[way] for kind in (gates, candidates, h0s, dhs, dh_lasts)]
+        given = [np.asarray(kind[way], np.float64) for kind in (gates, candidates, h0s, dhs, dh_lasts)]
         got = [hs[way], lasts[way], *(kind[way] for kind in grads)]
         for value, wanted in zip(got, _by_definition(given, reverse, candidate_fn), strict=True):
-            worst = max(worst, float(np.abs(np.asarray(value) - wanted).max()))
-    return worst
+            errors.append(np.abs(np.asarray(value, np.float64) - wanted).max())
+    return float(np.max(errors))
 
 
 def _by_definition(given: Sequence[np.ndarray], reverse: bool, candidate_fn: Candidate) -> tuple[np.ndarray, ...]:
     """States, last state, and the derivatives by gate, candidate and initial state, in float64.
 
-    `given` are gate, candidate, h0, and the derivatives by the states and by the last state.
+    `given` are gate, candidate, h0, and the derivatives by the states and by the last state, in float64.
     """
-    gate, v, h, dh, carry = (x.astype(np.float64) for x in given)
+    gate, v, h, dh, carry = given
     z, s = 1 / (1 + np.exp(-gate)), 1 / (1 + np.exp(-v))
     c, slope = (
         (v, np.ones_like(v))

@@ -220,8 +220,9 @@ def _train(
                 f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
                 f"set it to a multiple of {jax.device_count()} to use all"
             )
-        if config.model.scan == "fused" and mesh.devices.flat[0].platform != "cpu" and (why := mosaic.missing()):
-            monitor.message(f"model.scan=fused: no kernel here ({why}); the associative form takes its place")
+        platform = mesh.devices.flat[0].platform
+        if config.model.scan == "fused" and (line := mosaic.stand_in(config.model.hidden, platform)):
+            monitor.message(line)
         if source is not None:
             monitor.message(f"weights from {source}; new: {' '.join(renewed) or 'none'}")
         for line in set_aside:
