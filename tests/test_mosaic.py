@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import use_abstract_mesh
 
+from jaxds2.data.placement import data_mesh
 from jaxds2.model import mosaic, scan
 from jaxds2.model.scan import mingru_recurrence
 
@@ -75,6 +77,26 @@ def portable(form: Callable[..., tuple]):
         return list(map(list, scan._each_way(form, *kinds, reverses, candidate_fn=candidate_fn)))
 
     return run
+
+
+def test_the_kernel_is_tried_outside_of_the_mesh_of_the_step_that_asks_for_it(monkeypatch):
+    meshes = []
+    forward = portable(scan._scan_mingru)
+
+    def noted(*kinds, **options):
+        meshes.append(jax.sharding.get_abstract_mesh().axis_names)
+        return forward(*kinds, **options)
+
+    monkeypatch.setattr(mosaic, "forward", noted)
+    monkeypatch.setattr(mosaic, "backward", portable(scan._scan_mingru_gradient))
+
+    def step(x):
+        with use_abstract_mesh(data_mesh(2, rows_multiple=2).abstract_mesh):
+            assert mosaic.fault() is None
+        return x
+
+    jax.jit(step)(1.0)
+    assert meshes == [()] * len(mosaic.TOLERANCES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

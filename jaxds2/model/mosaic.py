@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jaxds2.model.cell import Candidate, decay, step, step_gradient
 
@@ -51,7 +52,7 @@ def fault() -> str | None:
     """What `probe` finds wrong in a dtype that training uses; None: nothing."""
     for name, tolerance in TOLERANCES.items():
         try:
-            with jax.ensure_compile_time_eval():
+            with use_abstract_mesh(AbstractMesh((), ())), jax.ensure_compile_time_eval():
                 error = probe(dtype=jnp.dtype(name))
         except Exception as e:  # whatever an unstable API raises, training goes on without it
             return f"in {name}: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
