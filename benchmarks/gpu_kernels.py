@@ -1,35 +1,155 @@
-"""The parts of the GPU suite that time one operation: the recurrence, a layer, the loss; and whether each is right."""
+"""The parts of the GPU suite that run one operation: the kernel, the recurrence, a layer, the loss."""
 
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import side_by_side
-from gpu_suite import FORMS, LOSSES, PEAK_BYTES, Suite, clock, compiled, torch_cuda, waiting
+from gpu_suite import LOSSES, PEAK_BYTES, Block, Column, Suite, compiled, named, timed, torch_column, torch_device
 
 if TYPE_CHECKING:
     from jaxds2.ctc import Implementation as Loss
     from jaxds2.model.scan import Implementation
 
 
-def forms(suite: Suite) -> Any:
-    """Is every form of the recurrence and of CTC right on this device? Largest relative errors against float64."""
+def kernel(suite: Suite) -> dict[str, Block]:
+    """Does the fused kernel work here, and in every shape that later parts give it? Before any of them uses it."""
+    return {
+        "probe": partial(probe, suite),
+        "program": partial(program, suite),
+        **{
+            f"{'x'.join(map(str, shape))}-{dtype}": partial(at_size, suite, shape, dtype)
+            for shape, dtype in sizes(suite)
+        },
+    }
+
+
+def sizes(suite: Suite) -> list[tuple[tuple[int, int, int], str]]:
+    """(T, B, D) and dtype of recurrences, layers and steps: the smallest, the longest, the widest."""
+    if suite.small:
+        return [((33, 2, 8), "float32")]
+    return [((512, 64, 512), "float32"), ((4096, 64, 512), "bfloat16"), ((800, 100, 1024), "bfloat16")]
+
+
+def kernel_fault(blocks: Mapping[str, Any]) -> str | None:
+    """Why the kernel is not to be used, by the blocks of its part; None: it has passed."""
+    for name, block in blocks.items():
+        if "error" in block:
+            return f"{name}: {block['error']}"
+    return blocks["probe"]["missing"] if "probe" in blocks else "not tried"
+
+
+def probe(suite: Suite) -> dict[str, Any]:
+    """What keeps the kernel from being used here; its errors against float64."""
+    from jaxds2.model import mosaic
+
+    found: dict[str, Any] = {"missing": mosaic.missing()}
+    if found["missing"] is None:
+        shapes = ((1, 2, 128), (19, 3, 256), (4096, 4, 256))
+        found["errors"] = {f"{dtype} {x}": mosaic.probe(*x, dtype=dtype) for x in shapes for dtype in mosaic.TOLERANCES}
+    elif suite.platform != "cpu":  # the one line may not be enough to mend it
+        try:
+            mosaic.probe()
+            mosaic.probe(dtype="bfloat16")
+        except Exception:
+            found["traceback"] = traceback.format_exc()[-4000:]
+    print(found, flush=True)
+    return found
+
+
+def program(suite: Suite) -> dict[str, Any]:
+    """What is in the compiled gradient of a recurrence whose rows are split over all devices."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+
+    from jaxds2.data.placement import data_mesh
+    from jaxds2.model import mosaic
+    from jaxds2.model.scan import mingru_recurrence
+
+    mesh = data_mesh(None, rows_multiple=jax.local_device_count())
+    shape = (16, 2 * mesh.size, mosaic.CHANNELS) if suite.small else (512, 8 * mesh.size, 512)
+    x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, PartitionSpec(None, "data")))
+
+    def total(gate, v):
+        return jnp.sum(mingru_recurrence(gate, v, implementation="fused")[0] ** 2)
+
+    with use_abstract_mesh(mesh.abstract_mesh):
+        text = str(jax.jit(jax.grad(total, (0, 1))).lower(x, x).compile().as_text())
+    found = {
+        "devices": mesh.size,
+        "kernels": kernels_in(text),
+        # On one device there is nothing to gather, so none would say nothing.
+        "all-gathers": text.count("all-gather(") if mesh.size > 1 else None,
+    }
+    print(found, flush=True)
+    return found
+
+
+def kernels_in(program: str) -> int:
+    """How often a compiled program calls a Mosaic kernel."""
+    return len(re.findall(r'custom_call_target="mosaic_gpu', program))
+
+
+def at_size(suite: Suite, shape: tuple[int, int, int], dtype: str) -> dict[str, Any]:
+    """Largest difference between the kernel and the associative form, of states and gradients, over their largest."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxds2.model import mosaic
+    from jaxds2.model.scan import mingru_recurrences
+
+    if suite.platform != "cpu" and (why := mosaic.missing()):
+        return {"missing": why}
+    keys = jax.random.split(jax.random.key(0), 4)
+    gates, candidates = ([jax.random.normal(k, shape, dtype) for k in keys[i : i + 2]] for i in (0, 2))
+
+    def both(gates, candidates, form: "Implementation"):
+        def states(gates, candidates):
+            options: Any = {"candidate_fn": "linear", "reverses": (False, True), "implementation": form}
+            return mingru_recurrences(gates, candidates, (None, None), **options)
+
+        (hs, lasts), pull = jax.vjp(states, gates, candidates)
+        return hs, pull((hs, lasts))
+
+    def differences(gates, candidates):
+        def relative(x, y):
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+            return jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))
+
+        pairs = (both(gates, candidates, form) for form in ("fused", "associative"))
+        return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(relative, *pairs))))
+
+    worst = float(jax.jit(differences)(tuple(gates), tuple(candidates)))
+    found: dict[str, Any] = {"difference": worst}
+    if not worst < (1e-4 if dtype == "float32" else 0.05):  # NaN too
+        found["error"] = f"the kernel differs from the associative form by {worst:.1e} of the largest value"
+    print(found, flush=True)
+    return found
+
+
+def forms(suite: Suite) -> dict[str, Block]:
+    """Is every form of the recurrence and of CTC right on this device? Largest errors against float64."""
+    return {"mingru": partial(mingru_errors, suite), "ctc": partial(ctc_errors, suite)}
+
+
+def mingru_errors(suite: Suite) -> dict[str, Any]:
+    """Of states and gradients, over the largest exact value."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from bench_mingru import float64_cell
-    from ctc_float64 import float64_loss_and_gradient
 
-    from jaxds2.ctc import ctc_loss
     from jaxds2.model.scan import mingru_recurrence
-
-    kernel = probe_kernel(suite)
 
     rng = np.random.default_rng(0)
     shape = (33, 2, 8) if suite.small else (4096, 4, 256)
     gate, v, dh = (rng.standard_normal(shape, np.float32) for _ in range(3))
     exact = float64_cell(gate, v, dh)
     table: dict[str, dict[str, float | str]] = {}
-    for form in FORMS:
+    for form in suite.forms(shape[-1], "associative", "fused", "sequential"):
 
         def both(gate, v, dh, form: "Implementation" = form):
             h, pull = jax.vjp(lambda g, v: mingru_recurrence(g, v, candidate_fn="g", implementation=form)[0], gate, v)
@@ -41,8 +161,20 @@ def forms(suite: Suite) -> Any:
             for what, value, want in zip(("h", "dgate", "dcandidate"), got, exact, strict=True)
         }
     print(side_by_side.table(f"minGRU against float64, {shape}", table))
+    return {"shape": shape, "errors": table}
+
+
+def ctc_errors(suite: Suite) -> dict[str, Any]:
+    """Of the gradient."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from ctc_float64 import float64_loss_and_gradient
+
+    from jaxds2.ctc import ctc_loss
 
     rows, frames, labels, classes = (2, 20, 4, 5) if suite.small else (4, 800, 200, 29)
+    rng = np.random.default_rng(0)
     logits = rng.standard_normal((rows, frames, classes), np.float32)
     labels_BN = rng.integers(1, classes, (rows, labels)).astype(np.int32)
     lengths = jnp.full((rows,), frames), jnp.asarray(labels_BN), jnp.full((rows,), labels)
@@ -55,74 +187,53 @@ def forms(suite: Suite) -> Any:
 
         losses[form] = {"gradient error": float(np.abs(jax.jit(jax.grad(total))(jnp.asarray(logits)) - wanted).max())}
     print(side_by_side.table("CTC against float64", losses))
-    return {"kernel": kernel, "mingru": table, "ctc": losses}
+    return {"shape": (rows, frames, labels, classes), "errors": losses}
 
 
-def probe_kernel(suite: Suite) -> dict[str, Any]:
-    """Does the fused kernel work here, how exact is it, and does a split over all devices gather anything?"""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
-
-    from jaxds2.data.placement import data_mesh
-    from jaxds2.model import mosaic
-    from jaxds2.model.scan import mingru_recurrence
-
-    found: dict[str, Any] = {"missing": mosaic.missing()}
-    if found["missing"] is None:
-        shapes = ((1, 2, 128), (19, 3, 256), (4096, 4, 256))
-        found["errors"] = {str(shape): mosaic.probe(*shape) for shape in shapes}
-    mesh = data_mesh(None, rows_multiple=jax.local_device_count())
-    shape = (16, 2 * mesh.size, mosaic.CHANNELS) if suite.small else (512, 8 * mesh.size, 512)
-    x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, PartitionSpec(None, "data")))
-
-    def total(gate, v):
-        return jnp.sum(mingru_recurrence(gate, v, implementation="fused")[0] ** 2)
-
-    with use_abstract_mesh(mesh.abstract_mesh):
-        program = str(jax.jit(jax.grad(total, (0, 1))).lower(x, x).compile().as_text())
-    found |= {"devices": mesh.size, "kernels": program.count("mosaic_gpu"), "all-gathers": program.count("all-gather(")}
-    print(found, flush=True)
-    return found
-
-
-def recurrence(suite: Suite) -> Any:
+def recurrence(suite: Suite) -> dict[str, Block]:
     """The recurrence against the time that its bytes need, and a layer against cuDNN, over lengths 512 to 4096."""
+    blocks: dict[str, Block] = {}
+    for frames in (16,) if suite.small else (512, 2048, 1024, 4096):
+        blocks[f"recurrence-{frames}"] = partial(bare, suite, frames)
+        blocks[f"layer-{frames}"] = partial(layer, suite, frames)
+    return blocks
+
+
+def _rows_and_width(suite: Suite) -> tuple[int, int]:
+    return (2, 8) if suite.small else (64, 512)
+
+
+def bare(suite: Suite, frames: int) -> dict[str, Any]:
+    """The recurrence alone, forward and backward, float32; no matmul, so no question of precision."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jaxds2.model.scan import mingru_recurrence
 
-    results = []
-    rows, width = (2, 8) if suite.small else (64, 512)
-    for frames in (16,) if suite.small else (512, 1024, 2048, 4096):
-        rng = np.random.default_rng(0)
-        gate, v, dh = (jnp.asarray(rng.standard_normal((frames, rows, width), np.float32)) for _ in range(3))
-        columns, memory = {}, {}
-        for form in FORMS:
+    rows, width = _rows_and_width(suite)
+    rng = np.random.default_rng(0)
+    gate, v, dh = (jnp.asarray(rng.standard_normal((frames, rows, width), np.float32)) for _ in range(3))
 
-            def both(gate, v, dh, form: "Implementation" = form):
-                h, pull = jax.vjp(lambda gate, v: mingru_recurrence(gate, v, implementation=form)[0], gate, v)
-                return h, pull(dh)
+    def column(form: "Implementation") -> Column:
+        def both(gate, v, dh):
+            h, pull = jax.vjp(lambda gate, v: mingru_recurrence(gate, v, implementation=form)[0], gate, v)
+            return h, pull(dh)
 
-            columns[form], memory[form] = compiled(both, gate, v, dh)
-        table: dict[str, dict[str, float | str]] = {
-            name: {**row, "temporaries, arrays": memory[name] / gate.nbytes}
-            for name, row in clock(columns, suite.rounds).items()
-        }
-        if (bandwidth := suite.peak(PEAK_BYTES)) is not None:
-            floor = 1e3 * 9 * gate.nbytes / bandwidth  # gate, v, h; then gate, v, h, dh, dgate, dv
-            for row in table.values():
-                row["times the bytes' time"] = float(row["wall ms"]) / floor
-        title = f"minGRU recurrence, forward + backward, B={rows} T={frames} D={width}, float32"
-        print(side_by_side.table(title, table, base="associative", by="wall ms"))
-        results.append({"what": "recurrence", "shape": [rows, frames, width], "columns": table})
-        results.append(layer(suite, frames, rows, width))
-    return results
+        return compiled(both, gate, v, dh)
+
+    title = f"minGRU recurrence, forward + backward, B={rows} T={frames} D={width}, float32"
+    columns = named(suite.forms(width, "associative", "fused", "sequential"), column)
+    found = timed(title, columns, suite, base="associative")
+    if (bandwidth := suite.peak(PEAK_BYTES)) is not None:
+        # gate, v, h; then gate, v, h, dh, dgate, dv
+        found["bytes' time, ms"] = floor = 1e3 * 9 * gate.nbytes / bandwidth
+        found["over bytes' time"] = {name: row["wall ms"] / floor for name, row in found["columns"].items()}
+        print("times what the bytes need by the data sheet:", found["over bytes' time"])
+    return found | {"shape": [rows, frames, width]}
 
 
-def layer(suite: Suite, frames: int, rows: int, width: int) -> dict[str, Any]:
+def layer(suite: Suite, frames: int) -> dict[str, Any]:
     """One direction of width D, forward and backward, in bfloat16 with a float32 recurrence; torch's in bfloat16."""
     import jax
     import jax.numpy as jnp
@@ -130,82 +241,77 @@ def layer(suite: Suite, frames: int, rows: int, width: int) -> dict[str, Any]:
 
     from jaxds2.model.mingru import MinGRU
 
+    rows, width = _rows_and_width(suite)
     x = jax.random.normal(jax.random.key(0), (frames, rows, width), jnp.bfloat16)
     lengths_B = jnp.full((rows,), frames, jnp.int32)
-    columns = {}
-    for form in FORMS[:2]:
-        module = MinGRU(
-            width, width, candidate="linear", gate_bias=0.0, implementation=form, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-        )
-        graphdef, params = nnx.split(module)
 
-        def both(params, x, graphdef=graphdef):
+    def column(form: "Implementation") -> Column:
+        options: Any = {"candidate": "linear", "gate_bias": 0.0, "implementation": form}
+        graphdef, params = nnx.split(MinGRU(width, width, **options, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+        def both(params, x):
             h, pull = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, lengths_B)[0], params, x)
             return h, pull(h)
 
-        columns[form], _ = compiled(both, params, x)
-    columns |= torch_layers(frames, rows, width)
-    table = clock(columns, suite.rounds)
+        return compiled(both, params, x)
+
     title = f"layer, forward + backward, B={rows} T={frames} D={width}, bfloat16"
-    print(side_by_side.table(title, table, base="associative", by="wall ms"))
-    return {"what": "layer", "shape": [rows, frames, width], "columns": table}
+    columns = named(suite.forms(width, "associative", "fused"), column) | torch_layers(frames, rows, width)
+    found = timed(title, columns, suite, base="associative")
+    return found | {"shape": [rows, frames, width], "precision": "bfloat16; our weights and the recurrence float32"}
 
 
-def torch_layers(frames: int, rows: int, width: int) -> dict[str, Callable[[], Any]]:
+def torch_layers(frames: int, rows: int, width: int) -> dict[str, Callable[[], Column]]:
     """cuDNN's GRU and LSTM."""
-    if (found := torch_cuda()) is None:
+    if (found := torch_device()) is None:
         return {}
     torch, device = found
-    x = torch.randn(frames, rows, width, device=device, dtype=torch.bfloat16)
-    columns = {}
-    for name, kind in (("torch-GRU", torch.nn.GRU), ("torch-LSTM", torch.nn.LSTM)):
+
+    def column(name: str) -> Column:
+        kind = {"torch-GRU": torch.nn.GRU, "torch-LSTM": torch.nn.LSTM}[name]
+        x = torch.randn(frames, rows, width, device=device, dtype=torch.bfloat16)
         module = kind(width, width).to(device, torch.bfloat16)
 
-        def step(module=module):
+        def step():
             inputs = x.detach().requires_grad_()
             h = module(inputs)[0]
             return torch.autograd.grad(h, [inputs, *module.parameters()], h.detach())
 
-        columns[name] = waiting(torch, device, step)
-    return columns
+        return torch_column(torch, device, step)
+
+    return named(("torch-GRU", "torch-LSTM"), column)
 
 
-def ctc(suite: Suite) -> Any:
+def ctc(suite: Suite) -> dict[str, Block]:
     """CTC loss and gradient: ours, optax's, torch's."""
+    shapes = ((2, 20, 4, 5),) if suite.small else ((64, 400, 200, 29), (16, 800, 200, 29), (32, 1600, 300, 1024))
+    return {"x".join(map(str, shape)): partial(one_ctc, suite, *shape) for shape in shapes}
+
+
+def one_ctc(suite: Suite, rows: int, frames: int, labels: int, classes: int) -> dict[str, Any]:
+    """One shape, float32."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jaxds2.ctc import ctc_loss
 
-    results = []
-    shapes = ((2, 20, 4, 5),) if suite.small else ((64, 400, 200, 29), (16, 800, 200, 29), (32, 1600, 300, 1024))
-    for rows, frames, labels, classes in shapes:
-        rng = np.random.default_rng(0)
-        logits = rng.standard_normal((rows, frames, classes), np.float32)
-        labels_BN = rng.integers(1, classes, (rows, labels)).astype(np.int32)
-        lengths = jnp.full((rows,), frames), jnp.asarray(labels_BN), jnp.full((rows,), labels)
-        columns, memory = {}, {}
-        for form in LOSSES:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((rows, frames, classes), np.float32)
+    labels_BN = rng.integers(1, classes, (rows, labels)).astype(np.int32)
+    given = jnp.asarray(logits), jnp.full((rows,), frames), jnp.asarray(labels_BN), jnp.full((rows,), labels)
 
-            def total(logits, form: "Loss" = form, lengths=lengths):
-                return jnp.sum(ctc_loss(logits, *lengths, implementation=form))
+    def column(form: "Loss") -> Column:
+        return compiled(jax.value_and_grad(lambda *given: jnp.sum(ctc_loss(*given, implementation=form))), *given)
 
-            columns[form], memory[form] = compiled(jax.value_and_grad(total), jnp.asarray(logits))
-        if (found := torch_cuda()) is not None:
-            torch, device = found
-            columns["torch"] = torch_ctc(torch, device, logits, labels_BN)
-        table: dict[str, dict[str, float | str]] = {
-            name: {**row, "temporaries, MiB": memory[name] / 2**20 if name in memory else ""}
-            for name, row in clock(columns, suite.rounds).items()
-        }
-        title = f"CTC loss and gradient, B={rows} U={frames} N={labels} V={classes}, float32"
-        print(side_by_side.table(title, table, base="optax", by="wall ms"))
-        results.append({"shape": [rows, frames, labels, classes], "columns": table})
-    return results
+    columns = named(LOSSES, column)
+    if (torch := torch_device()) is not None:
+        columns["torch"] = partial(torch_ctc, *torch, logits, labels_BN)
+    title = f"CTC loss and gradient, B={rows} U={frames} N={labels} V={classes}, float32"
+    return timed(title, columns, suite, base="optax") | {"shape": [rows, frames, labels, classes]}
 
 
-def torch_ctc(torch: Any, device: str, logits_BUV: Any, labels_BN: Any) -> Callable[[], Any]:
+def torch_ctc(torch: Any, device: str, logits_BUV: Any, labels_BN: Any) -> Column:
     """torch's loss and gradient."""
     logits = torch.from_numpy(logits_BUV).to(device)
     labels = torch.from_numpy(labels_BN).to(device)
@@ -218,4 +324,4 @@ def torch_ctc(torch: Any, device: str, logits_BUV: Any, labels_BN: Any) -> Calla
         torch.nn.functional.ctc_loss(log_probs, labels, frames, counts, reduction="sum").backward()
         return x.grad
 
-    return waiting(torch, device, step)
+    return torch_column(torch, device, step)

@@ -1,60 +1,88 @@
-"""The parts of the GPU suite that time training: the step of three models, a torch peer, a trace, a real run."""
+"""The parts of the GPU suite that time training: the step of three models, a trace of it, a real run."""
 
 import json
+import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import side_by_side
-from gpu_suite import FORMS, PEAK_FLOPS, ROOT, Suite, clock, compiled, torch_cuda, waiting
+from gpu_suite import PEAK_FLOPS, ROOT, Block, Column, Suite, compiled, jax_column, timed
 
 if TYPE_CHECKING:
+    from jax.stages import Compiled
+
     from jaxds2.config import ModelConfig
     from jaxds2.data.pipeline import Batch
     from jaxds2.model.scan import Implementation
 
 CLASSES = 29
+LINES = 200
+"""Of a run's metrics that are kept."""
+SAVING = 40.0
+"""Seconds that a training run has to stop in and save."""
 
 
 def models(small: bool) -> dict[str, "ModelConfig"]:
-    """The models of the step: three sizes of ours, the largest as in the estimate of docs/performance.md."""
+    """The models of the step, the largest first: seven layers of 1,024 states a direction, and what fits less."""
     from jaxds2.config import ModelConfig
 
     base = ModelConfig(dropout=0.1, feed_forward=0)
     if small:
         return {"tiny": replace(base, conv_channels=(2, 2), width=8, hidden=8, layers=1)}
     return {
-        "small": base,
-        "medium": replace(base, width=512, hidden=512, layers=5),
         "large": replace(base, width=1024, hidden=1024, layers=7),
+        "medium": replace(base, width=512, hidden=512, layers=5),
+        "small": base,
     }
 
 
-def step(suite: Suite) -> Any:
-    """The training step in bfloat16 by size of the model and form of the scan: MFU, hours of audio, memory, parts."""
-    results = []
-    for name, model in models(suite.small).items():
-        for seconds in (1,) if suite.small else (4, 16):
-            results.append(one_step(suite, name, model, seconds))
-    return results
+def step(suite: Suite) -> dict[str, Block]:
+    """The training step in bfloat16 by size of the model, length and form of the scan; what its parts take."""
+    blocks: dict[str, Block] = {}
+    for seconds in (1,) if suite.small else (16, 4):
+        for form in suite.forms(128, "fused", "associative")[: 1 if suite.small else None]:
+            for name, model in models(suite.small).items():
+                setting = Setting(name, replace(model, scan=form), seconds, (4 if suite.small else 1600) // seconds)
+                blocks[f"{name}-{seconds}s-{form}"] = partial(one_step, suite, setting)
+        for name, model in models(suite.small).items():
+            setting = Setting(name, model, seconds, (4 if suite.small else 1600) // seconds)
+            blocks[f"{name}-{seconds}s-parts"] = partial(parts_of_step, suite, setting)
+    return blocks
 
 
-def batch_of(suite: Suite, seconds: int) -> "Batch":
-    """Rows of random audio and labels, all of one length, 1,600 seconds of audio in all."""
+@dataclass(frozen=True)
+class Setting:
+    """A model and its batch: rows of one length, 1,600 seconds of audio in all."""
+
+    name: str
+    model: "ModelConfig"
+    seconds: int
+    rows: int
+
+    def describe(self, params: Any) -> str:
+        """For the head of a table."""
+        count = sum(p.size for p in params.values())
+        return f"{self.name} model, {count:,} parameters, {self.rows} utterances of {self.seconds} s, bfloat16"
+
+
+def host_batch(setting: Setting) -> "Batch":
+    """Random audio and labels, on the host."""
     import numpy as np
 
     from jaxds2.data.pipeline import Batch
-    from jaxds2.data.placement import data_mesh, place
 
-    rows, samples, labels = (4 if suite.small else 1600) // seconds, 16_000 * seconds, 12 * seconds
+    rows, samples, labels = setting.rows, 16_000 * setting.seconds, 12 * setting.seconds
     rng = np.random.default_rng(0)
-    batch = Batch(
+    return Batch(
         rng.integers(-3000, 3000, (rows, samples)).astype(np.int16),
         np.full(rows, samples, np.int32),
         rng.integers(1, CLASSES, (rows, labels)).astype(np.int32),
@@ -62,11 +90,18 @@ def batch_of(suite: Suite, seconds: int) -> "Batch":
         np.arange(rows, dtype=np.int32),
         np.array(0, np.int32),
     )
-    return place(batch, data_mesh(1, rows_multiple=1))
 
 
-def gradient_of(model: "ModelConfig", batch: "Batch") -> tuple[Callable[[], Any], int]:
-    """The gradient step of training, in bfloat16, and the bytes of its temporaries."""
+def placed_batch(setting: Setting) -> "Batch":
+    """The same on the device."""
+    from jaxds2.data.placement import data_mesh, place
+
+    return place(host_batch(setting), data_mesh(1, rows_multiple=1))
+
+
+def gradient_of(setting: Setting) -> "tuple[Compiled, Any, Batch]":
+    """The gradient step of training as a program, with the parameters and the batch that it takes."""
+    import jax
     import jax.numpy as jnp
 
     from jaxds2.config import AugmentConfig, FeatureConfig
@@ -74,73 +109,99 @@ def gradient_of(model: "ModelConfig", batch: "Batch") -> tuple[Callable[[], Any]
     from jaxds2.model.deepspeech2 import create
     from jaxds2.training.step import make_gradient_step
 
-    features, mesh = FeatureConfig(), data_mesh(1, rows_multiple=1)
-    apply, params = create(features.n_mels, CLASSES, model, dtype=jnp.bfloat16)
+    features, mesh, batch = FeatureConfig(), data_mesh(1, rows_multiple=1), placed_batch(setting)
+    apply, params = create(features.n_mels, CLASSES, setting.model, dtype=jnp.bfloat16)
     gradient = make_gradient_step(apply, features, AugmentConfig(), mesh=mesh, seed=0, ctc="fused")
-    return compiled(gradient, params, batch)
+    return jax.jit(gradient).lower(params, batch).compile(), params, batch
 
 
-def one_step(suite: Suite, name: str, model: "ModelConfig", seconds: int) -> dict[str, Any]:
-    """Time gradient, update, and what of the gradient is features, front end, scan and loss, on rows of a length."""
+def one_step(suite: Suite, setting: Setting) -> dict[str, Any]:
+    """Gradient and update as training runs them, one behind the other, the state's buffers taken over."""
     import jax
-    import jax.numpy as jnp
 
     from jaxds2.config import FeatureConfig, OptimizerConfig
-    from jaxds2.ctc import ctc_loss
-    from jaxds2.features import log_mel, num_frames
-    from jaxds2.model.deepspeech2 import create
-    from jaxds2.training.dryrun import flops
+    from jaxds2.features import num_frames
+    from jaxds2.training.dryrun import TRAINING_FACTOR, flops
     from jaxds2.training.optimizer import make_optimizer
     from jaxds2.training.step import TrainState, make_update_step
 
-    features, classes = FeatureConfig(), CLASSES
-    batch = batch_of(suite, seconds)
-    rows, samples = batch.audio_BS.shape
-    apply, params = create(features.n_mels, classes, model, dtype=jnp.bfloat16)
-    columns, memory = {}, {}
-    for form in FORMS[:2]:
-        columns[f"gradient-{form}"], memory[f"gradient-{form}"] = gradient_of(replace(model, scan=form), batch)
+    features = FeatureConfig()
+    gradient, params, batch = gradient_of(setting)
+    title = setting.describe(params)  # the parameters themselves go with the first update
     optimizer = make_optimizer(OptimizerConfig(), 1000)
     state = TrainState.create(params, optimizer, ema_decay=0.999)
-    grads, loss = columns["gradient-associative"]()
-    columns["update"], memory["update"] = compiled(
-        make_update_step(optimizer, ema_decay=0.999), state, grads, loss.mean
-    )
-    columns["features"], _ = compiled(lambda a, n: log_mel(a, n, features), batch.audio_BS, batch.audio_lengths_B)
+    grads, loss = gradient(params, batch)
+    update = jax.jit(make_update_step(optimizer, ema_decay=0.999), donate_argnums=0)
+    update = update.lower(state, grads, loss.mean).compile()
+    held = [state]
+
+    def updated(grads: Any, loss: Any) -> Any:
+        held[0], metrics = update(held[0], grads, loss.mean)
+        return held[0], metrics
+
+    columns: dict[str, Callable[[], Column]] = {
+        "step": lambda: jax_column(lambda: updated(*gradient(held[0].params, batch)), gradient, update),
+        "gradient": lambda: jax_column(lambda: gradient(held[0].params, batch), gradient),
+        "update": lambda: jax_column(lambda: updated(grads, loss), update),
+    }
+    found = timed(f"{title}, {setting.model.scan} scan", columns, suite)
+    frames = num_frames(16_000 * setting.seconds, features)
+    count = TRAINING_FACTOR * sum(flops(setting.model, features.n_mels, CLASSES, frames, setting.rows).values())
+    seconds = found["columns"]["step"]["wall ms"] / 1e3 if "step" in found["columns"] else float("nan")
+    peak = suite.peak(PEAK_FLOPS)
+    found["figures"] = {
+        "audio hours a second": setting.rows * setting.seconds / 3600 / seconds,
+        "TFLOP/s": count / seconds / 1e12,
+        "MFU": None if peak is None else count / seconds / peak,
+    }
+    print("  ".join(f"{key} {value:.3g}" for key, value in found["figures"].items() if value is not None))
+    return found
+
+
+def parts_of_step(suite: Suite, setting: Setting) -> dict[str, Any]:
+    """What a step consists of, each by itself: its batch's way to the device, features, front end, scans, loss."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxds2.config import FeatureConfig
+    from jaxds2.ctc import ctc_loss
+    from jaxds2.data.placement import data_mesh, place
+    from jaxds2.features import log_mel
+    from jaxds2.model.deepspeech2 import create
+
+    features, model, mesh = FeatureConfig(), setting.model, data_mesh(1, rows_multiple=1)
+    on_host, batch = host_batch(setting), placed_batch(setting)
+    apply, params = create(features.n_mels, CLASSES, model, dtype=jnp.bfloat16)
     features_BTF, frames_B = log_mel(batch.audio_BS, batch.audio_lengths_B, features)
-    logits_BUV, logit_lengths_B = jax.jit(apply)(params, features_BTF, frames_B)
-    columns["front-end"] = front_end(model, features_BTF, frames_B)
-    states_UBH = jnp.ones((logits_BUV.shape[1], rows, model.hidden), jnp.bfloat16)
-    for form in FORMS[:2]:
-        columns[f"scan-of-a-layer-{form}"] = scan_of_a_layer(states_UBH, form)
+    logits_BUV, logit_lengths_B = jax.eval_shape(apply, params, features_BTF, frames_B)
+    shape = logits_BUV.shape
+    scanned = jax.random.normal(jax.random.key(0), (shape[1], setting.rows, model.hidden), jnp.bfloat16)
+    random = jax.random.normal(jax.random.key(1), shape, logits_BUV.dtype)
+    lengths_B = jnp.full(logit_lengths_B.shape, shape[1], logit_lengths_B.dtype)
 
-    def total(logits_BUV):
-        labels = batch.labels_BN, batch.label_lengths_B
-        return jnp.sum(ctc_loss(logits_BUV, logit_lengths_B, labels[0], labels[1], implementation="fused"))
+    def total(logits_BUV, *given):
+        return jnp.sum(ctc_loss(logits_BUV, *given, implementation="fused"))
 
-    columns["ctc"], _ = compiled(jax.grad(total), logits_BUV)
-    table: dict[str, dict[str, float | str]] = {
-        column: {**row, "temporaries, MiB": memory.get(column, 0) / 2**20}
-        for column, row in clock(columns, suite.rounds).items()
+    losses = random, lengths_B, batch.labels_BN, batch.label_lengths_B
+    columns: dict[str, Callable[[], Column]] = {
+        "batch to device": lambda: jax_column(lambda: place(on_host, mesh)),
+        "features": lambda: compiled(lambda a, n: log_mel(a, n, features), batch.audio_BS, batch.audio_lengths_B),
+        "front-end": lambda: front_end(model, features_BTF, frames_B),
+        "ctc": lambda: compiled(jax.grad(total), *losses),
     }
-    frames = int(num_frames(samples, features))
-    count = 3 * sum(flops(model, features.n_mels, classes, frames, rows).values())
-    best = min(float(row["wall ms"]) for column, row in table.items() if column.startswith("gradient"))
-    best += float(table["update"]["wall ms"])
-    figures: dict[str, float | None] = {
-        "step, ms": best,
-        "audio hours a second": rows * seconds / 3600 / (best / 1e3),
-        "TFLOP/s": count / best / 1e9,
-        "MFU": None if (peak := suite.peak(PEAK_FLOPS)) is None else count / (best / 1e3) / peak,
+    forms = suite.forms(model.hidden, "fused", "associative")
+    for form in forms:
+        columns[f"scan-of-a-layer-{form}"] = lambda form=form: scan_of_a_layer(scanned, form)
+    found = timed(f"parts of the step, {setting.describe(params)}", columns, suite)
+    found["scan of all layers, ms"] = {
+        form: model.layers * found["columns"][column]["wall ms"]
+        for form in forms
+        if (column := f"scan-of-a-layer-{form}") in found["columns"]
     }
-    parameters = sum(p.size for p in params.values())
-    title = f"{name} model, {parameters:,} parameters, {rows} utterances of {seconds} s, bfloat16"
-    print(side_by_side.table(title, table))
-    print("  ".join(f"{key} {value:.3g}" for key, value in figures.items() if value is not None), flush=True)
-    return {"model": name, "parameters": parameters, "batch": [rows, seconds], "columns": table, "figures": figures}
+    return found
 
 
-def front_end(model: "ModelConfig", features_BTF: Any, frames_B: Any) -> Callable[[], Any]:
+def front_end(model: "ModelConfig", features_BTF: Any, frames_B: Any) -> Column:
     """Convolutions and projection, forward and backward."""
     import jax
     import jax.numpy as jnp
@@ -151,13 +212,13 @@ def front_end(model: "ModelConfig", features_BTF: Any, frames_B: Any) -> Callabl
     module = FrontEnd(features_BTF.shape[2], model, dtype=jnp.bfloat16, rngs=nnx.Rngs(params=0))
     graphdef, params = nnx.split(module)
 
-    def total(params, features_BTF):
+    def total(params, features_BTF, frames_B):
         return jnp.sum(jnp.square(nnx.merge(graphdef, params)(features_BTF, frames_B)[0].astype(jnp.float32)))
 
-    return compiled(jax.grad(total), params, features_BTF.astype(jnp.bfloat16))[0]
+    return compiled(jax.grad(total), params, features_BTF.astype(jnp.bfloat16), frames_B)
 
 
-def scan_of_a_layer(states_UBH: Any, form: "Implementation") -> Callable[[], Any]:
+def scan_of_a_layer(states_UBH: Any, form: "Implementation") -> Column:
     """Both directions of one layer's recurrence, without its matmuls, forward and backward."""
     import jax
     import jax.numpy as jnp
@@ -169,75 +230,97 @@ def scan_of_a_layer(states_UBH: Any, form: "Implementation") -> Callable[[], Any
         hs, _ = mingru_recurrences(gates, candidates, (None, None), **options)
         return sum(jnp.sum(jnp.square(h.astype(jnp.float32))) for h in hs)
 
-    return compiled(jax.grad(total, (0, 1)), (states_UBH, states_UBH), (states_UBH, states_UBH))[0]
+    return compiled(jax.grad(total, (0, 1)), (states_UBH, states_UBH), (states_UBH, states_UBH))
 
 
-def peer(suite: Suite) -> Any:
-    """The step of bench_step.py's plan beside the torch BiLSTM of the same plan, both in float32 with TF32 off."""
-    from bench_step import SMALL, Plan, our_step, torch_model
-
-    plan = SMALL if suite.small else Plan(rows=64)
-    columns: dict[str, Callable[[], Any]] = {form: our_step(plan, form) for form in FORMS[:2]}
-    if (found := torch_cuda()) is not None:
-        torch, device = found
-        from bench_step import batch_of
-
-        features_BTF, labels_BN = (torch.from_numpy(x).to(device) for x in batch_of(plan))
-        counts = torch.full((plan.rows,), plan.labels)
-        model = torch_model(plan, None).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-
-        def one() -> Any:
-            optimizer.zero_grad()
-            log_probs_UBV = model(features_BTF)
-            lengths = torch.full((plan.rows,), len(log_probs_UBV))
-            torch.nn.functional.ctc_loss(log_probs_UBV, labels_BN, lengths, counts).backward()
-            optimizer.step()
-
-        columns["torch-BiLSTM"] = waiting(torch, device, one)
-    table = clock(columns, suite.rounds)
-    title = f"training step, {plan.rows} utterances of {plan.seconds} s, float32"
-    print(side_by_side.table(title, table, base="associative", by="wall ms"))
-    return {"plan": vars(plan), "columns": table}
+def trace(suite: Suite) -> dict[str, Block]:
+    """Where the device's time goes in three gradient steps of the largest model."""
+    return {next(iter(models(suite.small))): partial(traced, suite)}
 
 
-def trace(suite: Suite) -> Any:
-    """Where the device's time goes in three gradient steps of the largest model: the 40 longest operations by name."""
+def traced(suite: Suite) -> dict[str, Any]:
+    """The 40 longest operations by name, and all time by line of the device's plane."""
     import jax
 
-    name, model = list(models(suite.small).items())[-1]
-    call, _ = gradient_of(model, batch_of(suite, 1 if suite.small else 16))
-    call()
+    name, model = next(iter(models(suite.small).items()))
+    form = suite.forms(model.hidden, "fused", "associative")[0]
+    seconds = 1 if suite.small else 16
+    setting = Setting(name, replace(model, scan=form), seconds, (4 if suite.small else 1600) // seconds)
+    program, params, batch = gradient_of(setting)
+    jax.block_until_ready(program(params, batch))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(3):
-                call()
+                jax.block_until_ready(program(params, batch))
         (path,) = Path(folder).rglob("*.xplane.pb")
         planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
-        device = [plane for plane in planes if plane.name.startswith("/device:")] or planes
-        spent: Counter[str] = Counter()
-        for plane in device:
-            for line in plane.lines:
-                for event in line.events:
-                    spent[event.name[:120]] += event.duration_ns / 1e6
-    longest = dict(spent.most_common(40))
-    for operation, milliseconds in list(longest.items())[:10]:
+        device = [plane for plane in planes if plane.name.startswith("/device:")]
+        lines, operations = spent(device or planes)
+    for operation, milliseconds in list(operations.items())[:10]:
         print(f"{milliseconds:10.2f} ms  {operation}")
-    return {"model": name, "steps": 3, "milliseconds": longest}
+    found = {"scan": form, "steps": 3, "measured on": "device" if device else "host", "milliseconds": operations}
+    return found | {"planes": [plane.name for plane in planes], "lines": lines}
 
 
-def train(suite: Suite) -> Any:
-    """A real training run of a shipped config; its scalars come back whole, thinned to 200 lines."""
-    run = ROOT / "runs" / f"gpu-{Path(suite.config).stem}"
-    command = [sys.executable, str(ROOT / "train.py"), "--config", suite.config, "--run", str(run)]
-    if suite.small:
-        return {"command": command[1:], "skipped": "--small"}
-    begin = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, check=False)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
+def spent(planes: Iterable[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds by line, and of the longest operations by name.
+
+    Of a GPU's plane the streams count alone where there are any: other lines show the same time in other words.
+    """
+    lines: Counter[str] = Counter()
+    operations: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for plane in planes:
+        for line in plane.lines:
+            for event in line.events:
+                lines[f"{plane.name} {line.name}"[:120]] += event.duration_ns / 1e6
+                operations[line.name.startswith("Stream")][event.name[:120]] += event.duration_ns / 1e6
+    return dict(lines.most_common(20)), dict((operations[True] or operations[False]).most_common(40))
+
+
+def train(suite: Suite) -> dict[str, Block]:
+    """A real training run of a config; stopped and saved where it does not end in time, which the next call resumes."""
+    return {} if suite.config is None else {Path(suite.config).stem: partial(one_run, suite, suite.config)}
+
+
+def one_run(suite: Suite, config: str) -> dict[str, Any]:
+    """train.py as users start it, by itself on the device; its scalars, thinned."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    begin = time.monotonic()
+    left = suite.until - begin
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        run = Path(folder) / "run" if suite.small else ROOT / "runs" / f"gpu-{Path(config).stem}"
+        command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--run", str(run)]
+        done = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        for end, number in ((max(left - SAVING, left / 2), signal.SIGTERM), (0.95 * left, signal.SIGKILL)):
+            try:
+                done.wait(begin + end - time.monotonic())
+            except subprocess.TimeoutExpired:
+                done.send_signal(number)
+        done.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()[-20:]
+        metrics = read_metrics(run / "metrics.jsonl")
+    print(*lines, sep="\n")
+    waits = [m["train/data_wait_share"] for m in metrics if "train/data_wait_share" in m]
+    found: dict[str, Any] = {
         "command": command[1:],
         "exit code": done.returncode,
-        "seconds": time.perf_counter() - begin,
-        "metrics": lines[:: max(1, len(lines) // 200)],
+        "ran for": time.monotonic() - begin,
+        "data wait share": statistics.median(waits) if waits else None,
+        "output": lines,
+        "metrics": metrics[:: max(1, len(metrics) // LINES)],
     }
+    if done.returncode:
+        found["error"] = f"train.py ended with {done.returncode}: {lines[-1] if lines else 'it said nothing'}"
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; none where it is not there."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last one, of a run that was killed
+            continue
+    return found

@@ -140,30 +140,6 @@ def test_a_delay_common_to_all_words_is_no_error_of_alignment(tmp_path, capsys):
     ]
 
 
-def test_the_gpu_suite_runs_part_by_part_and_goes_on_where_it_stopped(tmp_path):
-    """On a CPU in tiny shapes; what it measures there means nothing."""
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--small", "--out", str(tmp_path)]
-    first = subprocess.run([*command, "--minutes", "0.001"], capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["1-forms.json"]
-    assert "before part 2-recurrence" in first.stdout
-    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0, second.stderr
-    assert "1-forms.json is there" in second.stdout
-    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert sorted(parts) == ["1-forms", "2-recurrence", "3-ctc", "4-step", "5-peer", "6-trace", "7-train"]
-    for form, errors in parts["1-forms"]["results"]["mingru"].items():
-        assert all(0 <= error < 1e-5 for error in errors.values()), form
-    kernel = parts["1-forms"]["results"]["kernel"]
-    assert "needs" in kernel["missing"]
-    assert kernel["all-gathers"] == 0
-    assert parts["6-trace"]["results"]["milliseconds"]
-    assert sum(len(path.read_bytes()) for path in tmp_path.iterdir()) < 2**20
-    figures = parts["4-step"]["results"][0]["figures"]
-    assert figures["MFU"] is None  # no data sheet for a CPU
-    assert figures["audio hours a second"] > 0
-
-
 def test_each_round_begins_with_another_column_and_the_first_round_is_not_counted():
     called: list[str] = []
     columns = {name: lambda name=name: called.append(name) for name in "abc"}
