@@ -110,11 +110,11 @@ def peak_mib(call: Callable[[], Any]) -> float | None:
         # What earlier calls freed is kept (`keep_pages`) and would be taken again unseen.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _held_at_most_mib()
-        call()
-        return max(0.0, _held_at_most_mib() - before)
     except (OSError, AttributeError):
         return None
+    before = _held_at_most_mib()
+    call()
+    return max(0.0, _held_at_most_mib() - before)
 
 
 def _held_at_most_mib() -> float:
