@@ -2,12 +2,12 @@
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import side_by_side
-from gpu_suite import LOSSES, PEAK_BYTES, Block, Column, Suite, compiled, named, timed, torch_column, torch_device
+from gpu_suite import LOSSES, PEAK_BYTES, Block, Column, Suite, compiled, named, timed, torch_column, torch_columns
 
 if TYPE_CHECKING:
     from jaxds2.ctc import Implementation as Loss
@@ -33,12 +33,14 @@ def sizes(suite: Suite) -> list[tuple[tuple[int, int, int], str]]:
     return [((512, 64, 512), "float32"), ((4096, 64, 512), "bfloat16"), ((800, 100, 1024), "bfloat16")]
 
 
-def kernel_fault(blocks: Mapping[str, Any]) -> str | None:
-    """Why the kernel is not to be used, by the blocks of its part; None: it has passed."""
+def kernel_fault(blocks: Mapping[str, Any], untried: Sequence[str]) -> str | None:
+    """Why the kernel is not to be used, by the blocks of its part and what that has not tried; None: it has passed."""
     for name, block in blocks.items():
         if "error" in block:
             return f"{name}: {block['error']}"
-    return blocks["probe"]["missing"] if "probe" in blocks else "not tried"
+    if missing := blocks.get("probe", {}).get("missing"):
+        return missing
+    return f"not tried yet: {' '.join(untried)}" if untried else None
 
 
 def probe(suite: Suite) -> dict[str, Any]:
@@ -263,11 +265,8 @@ def layer(suite: Suite, frames: int) -> dict[str, Any]:
 
 def torch_layers(frames: int, rows: int, width: int) -> dict[str, Callable[[], Column]]:
     """cuDNN's GRU and LSTM."""
-    if (found := torch_device()) is None:
-        return {}
-    torch, device = found
 
-    def column(name: str) -> Column:
+    def column(torch: Any, device: str, name: str) -> Column:
         kind = {"torch-GRU": torch.nn.GRU, "torch-LSTM": torch.nn.LSTM}[name]
         x = torch.randn(frames, rows, width, device=device, dtype=torch.bfloat16)
         module = kind(width, width).to(device, torch.bfloat16)
@@ -279,7 +278,7 @@ def torch_layers(frames: int, rows: int, width: int) -> dict[str, Callable[[], C
 
         return torch_column(torch, device, step)
 
-    return named(("torch-GRU", "torch-LSTM"), column)
+    return torch_columns(("torch-GRU", "torch-LSTM"), column)
 
 
 def ctc(suite: Suite) -> dict[str, Block]:
@@ -305,8 +304,7 @@ def one_ctc(suite: Suite, rows: int, frames: int, labels: int, classes: int) -> 
         return compiled(jax.value_and_grad(lambda *given: jnp.sum(ctc_loss(*given, implementation=form))), *given)
 
     columns = named(LOSSES, column)
-    if (torch := torch_device()) is not None:
-        columns["torch"] = partial(torch_ctc, *torch, logits, labels_BN)
+    columns |= torch_columns(("torch",), lambda torch, device, _: torch_ctc(torch, device, logits, labels_BN))
     title = f"CTC loss and gradient, B={rows} U={frames} N={labels} V={classes}, float32"
     return timed(title, columns, suite, base="optax") | {"shape": [rows, frames, labels, classes]}
 

@@ -42,7 +42,7 @@ def measure(
     end: float,
     header: Mapping[str, Any],
     *,
-    kernel_fault: Callable[[Mapping[str, Any]], str | None],
+    kernel_fault: Callable[[Mapping[str, Any], Sequence[str]], str | None],
 ) -> int:
     """Run all blocks that are not done: twice what was never tried, then once what failed, until the time is over.
 
@@ -52,7 +52,7 @@ def measure(
       folder: for their files.
       end: by `now`; nothing runs after it.
       header: what each file begins with.
-      kernel_fault: why not to use the kernel, by what is in the file of the first part.
+      kernel_fault: why not to use the kernel, by the blocks of the first part and the names of those it has not tried.
 
     Returns:
       0: all are done. 1: some failed. 75: some are left.
@@ -60,7 +60,8 @@ def measure(
     paths = [folder / f"{number}-{part.__name__}.json" for number, (part, _) in enumerate(parts)]
 
     def current() -> Suite:
-        return replace(suite, kernel=kernel_fault(read(paths[0])["blocks"]))
+        blocks = read(paths[0])["blocks"]
+        return replace(suite, kernel=kernel_fault(blocks, [name for name in parts[0][0](suite) if name not in blocks]))
 
     def due(number: int, failed_too: bool) -> list[str]:
         known, names = read(paths[number])["blocks"], parts[number][0](current())
@@ -115,7 +116,7 @@ def attempt(part: Part, suite: Suite, path: Path, names: Sequence[str], header: 
     finally:
         _kill(process)
     content = read(path)
-    name, content["running"] = content["running"], None
+    name, content["running"] = content.get("running"), None
     if name is None:
         return []
     if code != FAILED:  # else it has written down why
@@ -131,11 +132,11 @@ def _ending(code: int) -> str:
 
 
 def _kill(process: multiprocessing.process.BaseProcess) -> None:
-    """End a process and what it started."""
-    if process.pid is not None and process.is_alive():
+    """End a process and what it started, where it has not ended well by itself."""
+    if process.pid is not None and process.exitcode != 0:
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not made its group yet
+        except ProcessLookupError:  # nothing is left, or it has not made its group yet
             process.kill()
         process.join(10)  # one that waits for a driver may stay for longer
 

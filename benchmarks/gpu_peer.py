@@ -4,7 +4,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gpu_suite import Block, Column, Suite, jax_column, named, timed, torch_column, torch_device
+from gpu_suite import Block, Column, Suite, jax_column, named, timed, torch_column, torch_columns
 
 if TYPE_CHECKING:
     from bench_step import Plan
@@ -31,8 +31,7 @@ def beside(suite: Suite, dtype: str) -> dict[str, Any]:
     plan = SMALL if suite.small else Plan(rows=64)
     forms = suite.forms(plan.hidden, "associative", "fused")[: 1 if suite.small else None]
     columns = named(forms, lambda form: our_step(plan, form, dtype))
-    if (torch := torch_device()) is not None:
-        columns["torch-BiLSTM"] = partial(torch_step, *torch, plan, dtype)
+    columns |= torch_columns(("torch-BiLSTM",), lambda torch, device, _: torch_step(torch, device, plan, dtype))
     title = f"training step, {plan.rows} utterances of {plan.seconds} s, {dtype}"
     found = timed(title, columns, suite, base="associative")
     return found | {"plan": vars(plan), "precision": PRECISIONS[dtype]}

@@ -1,5 +1,6 @@
 """What the parts of the GPU suite share: the device and its data sheet, calls that wait for it, the clock, memory."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,11 +167,21 @@ def needs(*programs: Any) -> int | None:
     )
 
 
-def torch_device() -> Any:
-    """torch and its device, the GPU where it has one; None without torch. Without TF32, as JAX has to be told too."""
-    torch = side_by_side.torch_or_none(1)
-    if torch is None:
-        return None
+def torch_columns(names: Sequence[str], builder: Callable[[Any, str, str], Column]) -> dict[str, Callable[[], Column]]:
+    """A builder for each name, which is given torch, its device and the name; none where torch is not installed.
+
+    One that cannot be imported is an error of these columns alone.
+    """
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed, so its columns are missing")
+        return {}
+    return {name: lambda name=name: builder(*torch_device(), name) for name in names}
+
+
+def torch_device() -> tuple[Any, str]:
+    """torch and its device, the GPU where it has one. Without TF32, as JAX has to be told too."""
+    import torch  # pyright: ignore[reportMissingImports]
+
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return torch, "cuda" if torch.cuda.is_available() else "cpu"

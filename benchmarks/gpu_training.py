@@ -147,8 +147,9 @@ def one_step(suite: Suite, setting: Setting) -> dict[str, Any]:
     found = timed(f"{title}, {setting.model.scan} scan", columns, suite)
     frames = num_frames(16_000 * setting.seconds, features)
     count = TRAINING_FACTOR * sum(flops(setting.model, features.n_mels, CLASSES, frames, setting.rows).values())
-    seconds = found["columns"]["step"]["wall ms"] / 1e3 if "step" in found["columns"] else float("nan")
-    peak = suite.peak(PEAK_FLOPS)
+    if "step" not in found["columns"]:
+        return found
+    seconds, peak = found["columns"]["step"]["wall ms"] / 1e3, suite.peak(PEAK_FLOPS)
     found["figures"] = {
         "audio hours a second": setting.rows * setting.seconds / 3600 / seconds,
         "TFLOP/s": count / seconds / 1e12,
