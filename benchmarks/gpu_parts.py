@@ -28,6 +28,9 @@ Part = Callable[[Suite], Mapping[str, Block]]
 LEAST = 5.0
 """Seconds; with less, no process is started."""
 
+LAST_WORDS = 1.0
+"""Seconds before its end at which a process that still runs is ended by itself; after that it is killed."""
+
 FAILED = 3
 """Exit code of a process that has written down why its block failed."""
 
@@ -120,7 +123,8 @@ def attempt(part: Part, suite: Suite, path: Path, names: Sequence[str], header: 
     if name is None:
         return []
     if code != FAILED:  # else it has written down why
-        what = "killed: it did not end in time" if code is None else f"its process ended with {_ending(code)}"
+        late = code is None or (code == 1 and now() > suite.until - 2 * LAST_WORDS)
+        what = "killed: it did not end in time" if late else f"its process ended with {_ending(code)}"
         finish(content, name, {"seconds": now() - begin, "error": what})
         print(f"{name}: {what}", flush=True)
     write(path, content)
@@ -147,7 +151,8 @@ def _run(part: Part, suite: Suite, path: Path, names: Sequence[str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(suite.until - now() - 1, 0.1))  # where it hangs
+    # Says where it hangs and ends it, also where nobody is left to kill it.
+    faulthandler.dump_traceback_later(max(suite.until - LAST_WORDS - now(), 0.1), exit=True)
     # Before jax starts: it would take three quarters of the memory, also of torch's and of what runs train.py.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if suite.platform != "cpu":  # as training does, so that a later process need not compile the same again

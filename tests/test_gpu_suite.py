@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import gpu_kernels
 import gpu_parts
 import gpu_parts_broken as broken
@@ -30,6 +31,22 @@ def measure(parts, folder, seconds=60.0, suite=ON_GPU) -> tuple[int, dict]:
     end = gpu_parts.now() + seconds
     code = gpu_parts.measure(weighted, suite, folder, end, {}, kernel_fault=gpu_kernels.kernel_fault)
     return code, {path.stem: json.loads(path.read_text())["blocks"] for path in sorted(folder.glob("*.json"))}
+
+
+def test_without_a_gpu_nothing_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "find_device", lambda: ("cpu", "cpu"))
+    assert gpu.main() == 1
+    assert "no GPU here; --small" in capsys.readouterr().err
+
+    def broken() -> tuple[str, str]:
+        raise subprocess.TimeoutExpired("python", 120)
+
+    monkeypatch.setattr(gpu, "find_device", broken)
+    assert gpu.main() == 1
+    assert "finds no device: Command 'python' timed out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_crash_costs_one_block_and_is_tried_again_last(tmp_path, monkeypatch):
