@@ -124,7 +124,7 @@ def attempt(part: Part, suite: Suite, path: Path, names: Sequence[str], header: 
         return []
     if code != FAILED:  # else it has written down why
         late = code is None or (code == 1 and now() > suite.until - 2 * LAST_WORDS)
-        what = "killed: it did not end in time" if late else f"its process ended with {_ending(code)}"
+        what = "killed: it did not end in time" if late else f"its process ended with {_ending(code or 0)}"
         finish(content, name, {"seconds": now() - begin, "error": what})
         print(f"{name}: {what}", flush=True)
     write(path, content)
