@@ -74,8 +74,8 @@ def test_what_failed_in_an_earlier_call_comes_after_what_was_never_tried(tmp_pat
 
 
 def test_a_hang_costs_its_share_of_the_time_and_leaves_no_process(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpu_parts, "LEAST", 0.8)
-    code, found = measure([broken.hanging, broken.kernel], tmp_path, seconds=3.0)
+    monkeypatch.setattr(gpu_parts, "LEAST", 1.0)
+    code, found = measure([broken.hanging, broken.kernel], tmp_path, seconds=8.0)
     assert code == 1
     assert found["0-hanging"]["hang"]["error"] == "killed: it did not end in time"
     assert found["1-kernel"]["probe"]["missing"] is None
@@ -199,7 +199,7 @@ def test_a_training_run_that_does_not_end_in_time_is_stopped_and_saved(tmp_path,
     """A script that stops as train.py does takes its place; and one that does not stop."""
     (tmp_path / "train.py").write_text(STAND_IN)
     monkeypatch.setattr(gpu_training, "ROOT", tmp_path)
-    for stops, code, seconds in (("stops", 75, 2.0), ("stays", -9, 1.5)):
+    for stops, code, seconds in (("stops", 75, 4.0), ("stays", -9, 3.0)):
         suite = Suite("NVIDIA H200", "gpu", 1, small=False, config=stops, until=gpu_parts.now() + seconds)
         (block,) = gpu_training.train(suite).values()
         found = block()
