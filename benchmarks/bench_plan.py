@@ -48,8 +48,15 @@ def main() -> None:
             alone[f"ours-{shapes}-shapes"] = in_new_process(plan_alone, planned, shapes)
     title = f"{count} utterances, configs/librispeech_960.py, {WORKERS} loader workers, seconds since the process began"
     print(side_by_side.table(title, table))
+    bars = []
+    for name, row in table.items():
+        bars.append(side_by_side.bar(f"first batch, {name}, seconds", row["first batch"], at_most=20))
+        if "MiB, host" in row:
+            bars.append(side_by_side.bar(f"memory of the host, {name}, MiB", row["MiB, host"], at_most=1024))
+        over = row["padding %"] - row["least possible %"]
+        bars.append(side_by_side.bar(f"padding over the least possible, {name}, points", over, at_most=0.5))
     print(side_by_side.table(f"the plan alone, {planned} utterances, seconds", alone))
-    results = [{"what": "plan", "utterances": count, "columns": table}]
+    results = [{"what": "plan", "utterances": count, "columns": table, "bars": bars}]
     side_by_side.save("plan", arguments, [*results, {"what": "plan alone", "utterances": planned, "columns": alone}])
 
 

@@ -44,7 +44,7 @@ def test_a_benchmark_prints_its_tables_and_writes_its_numbers(name, tmp_path):
             assert any(line[:1] == [column] for line in lines)
             errors = [value for key, value in numbers.items() if key in ERRORS]
             assert column.startswith("torch") or all(0 <= value < 1e-4 for value in errors), (column, numbers)
-            assert errors or numbers["CPU ms"] > 0
+            assert errors or any(numbers.get(key, 0) > 0 for key in ("CPU ms", "planned"))
     if name in ("bench_scan", "bench_mingru"):
         assert "extreme gates" in {table.get("errors") for table in written["results"]}
     if name == "bench_pipeline":

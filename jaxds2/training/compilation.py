@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -15,7 +16,9 @@ from jaxds2.data.pipeline import Batch, filler_batch
 from jaxds2.data.placement import place
 from jaxds2.data.plan import BatchPlan, Bucket
 from jaxds2.model.deepspeech2 import Params
-from jaxds2.training.monitor import Monitor
+
+if TYPE_CHECKING:
+    from jaxds2.training.monitor import Monitor  # brings tqdm and TensorBoard, which recognizing needs neither of
 
 LOOK_AHEAD = 1000
 """Batch shapes that occur in this many coming steps are compiled before the first."""
@@ -48,7 +51,7 @@ def compile_ahead(
     params: Params,
     mesh: Mesh,
     buckets: Sequence[Bucket],
-    monitor: Monitor,
+    monitor: "Monitor",
     should_stop: Callable[[], bool],
     *,
     planned: int,
@@ -88,7 +91,7 @@ def compile_ahead(
 
 
 def compile_shape(
-    config: Config, gradient_step: Wrapped, params: Params, batch: Batch, mesh: Mesh, monitor: Monitor
+    config: Config, gradient_step: Wrapped, params: Params, batch: Batch, mesh: Mesh, monitor: "Monitor"
 ) -> Compiled:
     """The gradient step compiled for the shape of this process' `batch`; `train.log` gets what it needs, in a line.
 
