@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,11 @@ def most_memory() -> Iterator[dict[str, float]]:
 
 def children() -> list[str]:
     """The processes that this one started, whichever of its threads did."""
-    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found += (task / "children").read_text(encoding="ascii").split()
+    return found
 
 
 def proportional_mib(pid: int) -> float:

@@ -159,10 +159,11 @@ def mingru_errors(suite: Suite) -> dict[str, Any]:
 
         got = jax.jit(both)(*map(jnp.asarray, (gate, v, dh)))
         table[form] = {
-            what: float(np.abs(np.asarray(value) - want).max() / np.abs(want).max())
+            what: side_by_side.error(value, want)
             for what, value, want in zip(("h", "dgate", "dcandidate"), got, exact, strict=True)
         }
     print(side_by_side.table(f"minGRU against float64, {shape}", table))
+    require_right(table, 1e-4)
     return {"shape": shape, "errors": table}
 
 
@@ -187,9 +188,18 @@ def ctc_errors(suite: Suite) -> dict[str, Any]:
         def total(logits, form: "Loss" = form):
             return jnp.sum(ctc_loss(logits, *lengths, implementation=form))
 
-        losses[form] = {"gradient error": float(np.abs(jax.jit(jax.grad(total))(jnp.asarray(logits)) - wanted).max())}
+        losses[form] = {"gradient error": side_by_side.error(jax.jit(jax.grad(total))(jnp.asarray(logits)), wanted)}
     print(side_by_side.table("CTC against float64", losses))
+    require_right(losses, 0.02)
     return {"shape": (rows, frames, labels, classes), "errors": losses}
+
+
+def require_right(errors: Mapping[str, Mapping[str, float | str]], bound: float) -> None:
+    """Raises ArithmeticError: one of the errors is beyond the bound, or no number."""
+    for form, of_form in errors.items():
+        for what, value in of_form.items():
+            if not (isinstance(value, float) and value <= bound):
+                raise ArithmeticError(f"{form}: {what} is off by {value}, expected at most {bound:g}")
 
 
 def recurrence(suite: Suite) -> dict[str, Block]:

@@ -5,6 +5,8 @@ crash, a hang or the end of the time, costs that block and no other, and is writ
 
     {"part": ..., "device": ..., "kernel": why it is not used or null, "running": null,
      "blocks": {"NAME": {"seconds": ..., ...} or {"seconds": ..., "error": ...}}}
+
+A block that has `stopped` was stopped in time, saved what it had, and goes on in the next call.
 """
 
 import faulthandler
@@ -68,7 +70,7 @@ def measure(
 
     def due(number: int, failed_too: bool) -> list[str]:
         known, names = read(paths[number])["blocks"], parts[number][0](current())
-        left = [name for name in names if name not in known]
+        left = [name for name in names if name not in known or "stopped" in known[name]]
         return left + [name for name in names if failed_too and "error" in known.get(name, {})]
 
     for failed_too in (False, False, True):
@@ -90,7 +92,8 @@ def report(paths: Sequence[Path], left: Sequence[Sequence[str]]) -> int:
         blocks = read(path)["blocks"]
         errors = {name: block["error"] for name, block in blocks.items() if "error" in block}
         failures += len(errors)
-        print(f"{path}: {len(blocks) - len(errors)} done, {len(errors)} failed, {len(names)} left")
+        done = len(blocks.keys() - errors.keys() - set(names))
+        print(f"{path}: {done} done, {len(errors)} failed, {len(names)} left")
         for name, error in errors.items():
             print(f"  {name}: {error}")
     if failures:

@@ -292,9 +292,10 @@ def one_run(suite: Suite, config: str) -> dict[str, Any]:
         run = Path(folder) / "run" if suite.small else ROOT / "runs" / f"gpu-{Path(config).stem}"
         command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--run", str(run)]
         done = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        for end, number in ((max(left - SAVING, left / 2), signal.SIGTERM), (0.95 * left, signal.SIGKILL)):
+        ends = {signal.SIGTERM: max(left - SAVING, left / 2), signal.SIGKILL: min(0.95 * left, left - 2)}
+        for number, end in ends.items():
             try:
-                done.wait(begin + end - time.monotonic())
+                done.wait(max(begin + end - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 done.send_signal(number)
         done.wait()
@@ -311,7 +312,9 @@ def one_run(suite: Suite, config: str) -> dict[str, Any]:
         "output": lines,
         "metrics": metrics[:: max(1, len(metrics) // LINES)],
     }
-    if done.returncode:
+    if done.returncode == 75:
+        found["stopped"] = "saved; the same command goes on"
+    elif done.returncode:
         found["error"] = f"train.py ended with {done.returncode}: {lines[-1] if lines else 'it said nothing'}"
     return found
 

@@ -12,14 +12,19 @@ import traceback
 from pathlib import Path
 
 _NAME = "jaxds2-stacks"
+_HAS_FILES_IN_MEMORY = hasattr(os, "memfd_create")
+_SILENCE = 5
+"""Looks at an answer that find no more of it, after which it is taken for whole."""
 
 
 def place_of_main_thread() -> str:
     """The innermost function of this package in which the main thread is: `name (FILE:LINE)`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    calls = traceback.extract_stack(frame)
-    ours = [call for call in calls if Path(call.filename).is_relative_to(Path(__file__).parent)] or calls
-    return f"{ours[-1].name} ({ours[-1].filename}:{ours[-1].lineno})" if ours else "an unknown place"
+    # From within outwards, and without the source, which may lie on the disk that hangs.
+    calls = [(frame.f_code, line) for frame, line in traceback.walk_stack(frame)] if frame else []
+    ours = [(code, line) for code, line in calls if Path(code.co_filename).is_relative_to(Path(__file__).parent)]
+    code, line = next(iter(ours or calls), (None, 0))
+    return f"{code.co_name} ({code.co_filename}:{line})" if code else "an unknown place"
 
 
 def own_stacks() -> str:
@@ -36,7 +41,7 @@ def offer_stacks() -> None:
     SIGUSR1 is the question: it is answered without the interpreter, whatever that waits for. The answer is written to
     a file in memory, which the other finds by its name, and which says that the signal no longer kills.
     """
-    if sys.platform == "linux":
+    if _HAS_FILES_IN_MEMORY:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         faulthandler.register(signal.SIGUSR1, file=os.memfd_create(_NAME), all_threads=True)
 
@@ -48,7 +53,7 @@ def stacks_of(pid: int, *, wait_s: float = 2.0) -> str:
       pid: its number.
       wait_s: for the answer.
     """
-    if sys.platform != "linux":
+    if not _HAS_FILES_IN_MEMORY:
         return "unknown on this system\n"
     answer = b""
     try:
@@ -58,15 +63,15 @@ def stacks_of(pid: int, *, wait_s: float = 2.0) -> str:
         with path.open("rb", buffering=0) as file:
             file.seek(0, os.SEEK_END)
             os.kill(pid, signal.SIGUSR1)
-            deadline, heard = time.monotonic() + wait_s, False
-            while time.monotonic() < deadline:
+            deadline, silent = time.monotonic() + wait_s, 0
+            while time.monotonic() < deadline and silent < _SILENCE:
                 time.sleep(0.05)
                 more = file.read()
-                if heard and not more:
-                    break
-                answer, heard = answer + more, bool(more)
-    except OSError:
+                answer, silent = answer + more, silent + 1 if answer and not more else 0
+    except (FileNotFoundError, ProcessLookupError):
         return "it is gone\n"
+    except OSError as e:
+        return f"unknown: {e.strerror or e}\n"
     return answer.decode(errors="replace") or "no answer: it waits in the kernel, as for a disk that is gone\n"
 
 

@@ -144,7 +144,11 @@ def test_two_processes_with_different_runs_both_say_so_in_one_line(tones, tmp_pa
         )
         for i in range(2)
     ]
-    said = [process.communicate(timeout=300) for process in started]
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     runs = [str(tmp_path / f"run-{i}") for i in range(2)]
     expected = (
         f"the processes were started on different things: run is {runs[0]} on process 0 and {runs[1]} on process 1"

@@ -292,8 +292,23 @@ def test_other_manifests_are_refused_on_resume(tones, whole, tmp_path, which):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(tones, tmp_path / "data")
     write_manifest(tmp_path / f"data/{which}.jsonl", read_manifest(tones / f"{which}.jsonl")[1:])
-    with pytest.raises(ConfigError, match=f"the {which}.* not what it was started with"):
+    kept = (tmp_path / "run/config.json").read_bytes()
+    for _ in range(2):  # nothing of it is taken for what the run was started with
+        with pytest.raises(ConfigError, match=f"the {which}.* not what it was started with"):
+            train(config(tmp_path / "data"), tmp_path / "run", progress=False)
+    assert (tmp_path / "run/config.json").read_bytes() == kept
+
+
+def test_a_checkpoint_that_knows_no_digest_wants_the_very_manifest(tones, whole, tmp_path, monkeypatch):
+    """As those from before it was written down."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(tones, tmp_path / "data")
+    read_meta = Checkpoints.read_meta
+    older = lambda self, step: {k: v for k, v in read_meta(self, step).items() if k != "dev_digest"}  # noqa: E731
+    monkeypatch.setattr(Checkpoints, "read_meta", older)
+    with pytest.raises(ConfigError, match="the dev manifest is not what it was started with"):
         train(config(tmp_path / "data"), tmp_path / "run", progress=False)
+    assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
 
 
 def test_manifests_may_be_packed_into_shards_or_moved_on_resume(tones, tmp_path, monkeypatch):

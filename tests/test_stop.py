@@ -16,6 +16,17 @@ WHERE = {
 }
 
 
+def told_to_stop(process: subprocess.Popen[str], ready: str) -> str:
+    """SIGTERM once it has said that it is ready; what it says of it."""
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == ready
+        process.terminate()
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_a_process_that_waits_leaves_with_75(where):
     program = (
@@ -25,10 +36,7 @@ def test_a_process_that_waits_leaves_with_75(where):
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as waiting:
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == "in\n"
-        waiting.terminate()
-        _, said = waiting.communicate(timeout=60)
+        said = told_to_stop(waiting, "in\n")
     assert (waiting.returncode, said) == (STOPPED, "SIGTERM: stopped before training; the same command starts again\n")
 
 
@@ -42,19 +50,30 @@ def test_training_that_waits_for_another_process_leaves_with_75(tmp_path):
     command = [sys.executable, "-c", program, "--config", str(ROOT / "configs/demo.py"), "--run", str(tmp_path / "run")]
     command += ["--coordinator", "localhost:1", "--processes", "2", "--process", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as waiting:
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == "meeting\n"
-        waiting.terminate()
-        waiting.communicate(timeout=60)
+        told_to_stop(waiting, "meeting\n")
     assert waiting.returncode == STOPPED
     assert not (tmp_path / "run").exists()
 
 
-def test_the_flag_of_training_takes_its_place_and_what_was_before_comes_back():
+def test_in_training_the_first_is_a_flag_and_the_second_is_obeyed():
+    program = (
+        "import signal, time; from jaxds2.training.stop import StopSignal, leaving_on_sigterm\n"
+        "with leaving_on_sigterm(), StopSignal() as stop:\n"
+        "    signal.raise_signal(signal.SIGTERM); print(stop(), flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as training:
+        told_to_stop(training, "True\n")
+    assert training.returncode == -signal.SIGTERM
+
+
+def test_afterwards_it_is_what_it_was():
     before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop()
     with leaving_on_sigterm():
-        with StopSignal() as stop:
-            signal.raise_signal(signal.SIGTERM)
-        assert stop()
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
     assert signal.set_wakeup_fd(-1) == -1

@@ -8,7 +8,7 @@ import gc
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,30 +119,32 @@ def load_batches(
     if len(utterances) != len(plan.num_samples_N):
         raise PipelineError(f"{len(utterances)} utterances, but the plan was made of {len(plan.num_samples_N)}")
     read = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=prefetch)
-    recordings = Recordings()
-    steps = _Steps(utterances, plan, vocabulary, recordings, start_step, stop_step, process, processes)
-    dataset = grain.MapDataset.source(steps).to_iter_dataset(read)
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker)
-        # grain starts workers only when somebody waits for an element: here a thread that is one ahead.
-        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
-    iterator = iter(dataset)
-    batches = _receive(iterator)
-    try:
-        iterator.start_prefetch()
-        yield batches
-    finally:
-        batches.close()
-        iterator.close()
-        recordings.close()
-        steps.close()
-        # What was read ahead must give back its shared memory now, not at the exit of the interpreter, which fails and
-        # warns of leaks. grain's own references to it end in cycles, by way of the traceback of its StopIteration.
-        del batches, iterator
+    with (
+        Recordings() as recordings,
+        closing(_Steps(utterances, plan, vocabulary, recordings, start_step, stop_step, process, processes)) as steps,
+    ):
+        dataset = grain.MapDataset.source(steps).to_iter_dataset(read)
         if workers:
-            gc.collect()
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
+            options = grain.MultiprocessingOptions(num_workers=workers)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+            # grain starts workers only when somebody waits for an element: here a thread that is one ahead.
+            dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+        iterator = iter(dataset)
+        batches = _receive(iterator)
+        try:
+            iterator.start_prefetch()
+            yield batches
+        finally:
+            batches.close()
+            iterator.close()
+            # What was read ahead must give back its shared memory now, not at the exit of the interpreter, which fails
+            # and warns of leaks. grain's own references to it end in cycles, by way of the traceback of its
+            # StopIteration.
+            del batches, iterator
+            if workers:
+                gc.collect()
 
 
 def _receive(steps: Iterator[tuple[int, Batch, tuple[str, ...]]]) -> Generator[LoadedBatch, None, None]:

@@ -147,6 +147,11 @@ class Checkpoints:
             raise
         try:
             sync(self.root)
+        except OSError as e:  # so older ones stay
+            what = "is saved, but its name may not outlive a power cut"
+            _log.warning("warning: %s: step %d %s (%s)", self._shown, step, what, _reason(e))
+            return
+        try:
             self._delete_old()
         except (OSError, CheckpointError) as e:
             _log.warning(
@@ -162,7 +167,7 @@ class Checkpoints:
             self._delete(unfinished)
 
     def _delete(self, unfinished: Path) -> None:
-        """Delete what is no checkpoint any more. What cannot go is no reason not to save: the next save tries again."""
+        """Delete what is no checkpoint any more. What cannot go is tried again by the next save."""
         try:
             shutil.rmtree(unfinished)
         except OSError as e:

@@ -155,19 +155,22 @@ def _train(
         params, renewed = initial_params(source, params, vocabulary.characters)
     if writes:  # from here on; what refuses to start has left nothing behind
         lock.take()
-    claim_run(config, run_dir, started=checkpoints.last() is not None, writes=writes)
+    before = read_config(run_dir / "config.json") if checkpoints.last() is not None else config
+    require_same_training(before, config, run_dir)
     set_aside = checkpoints.set_aside_damaged()
     first_step = hosts.gather(checkpoints.last() or 0)[0]  # a shared folder may look older to another process
     resumed = checkpoints.read_meta(first_step) if first_step else {}
-    for what, field, now in (
-        ("training manifests are", "manifest_digest", digest),
-        ("dev manifest is", "dev_digest", dev_digest),
+    for what, field, now, moved in (
+        ("training manifests are", "manifest_digest", digest, before.data.train != config.data.train),
+        ("dev manifest is", "dev_digest", dev_digest, before.data.dev != config.data.dev),
     ):
-        if resumed.get(field, now) != now:
+        if resumed.get(field, None if moved else now) != now:  # older checkpoints do not have both
             raise ConfigError(
                 f"{run_dir}: the {what} not what it was started with, so its steps or scores would be others; "
                 f"bring that back, or choose another folder with --run"
             )
+    if writes:
+        claim_run(config, run_dir)
 
     optimizer = make_optimizer(config.optimizer, total_steps)
     gradient_step = make_gradient_step(
@@ -385,21 +388,20 @@ def is_due(
     return epochs and before != after
 
 
-def claim_run(config: Config, run_dir: Path, *, started: bool, writes: bool = True) -> None:
-    """Make the run's folder; where something has been trained there, check that it was with this config.
+def require_same_training(before: Config, config: Config, run_dir: Path) -> None:
+    """Raises ConfigError: a run that was started with `before` would learn something else with `config`."""
+    changed = [d for d in differences(before, config) if d.partition(":")[0] not in MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{run_dir} was trained with another config ({'; '.join(changed)}); "
+            f"choose another folder with --run, or delete this one"
+        )
 
-    Raises:
-      ConfigError: it was trained with another one.
-    """
+
+def claim_run(config: Config, run_dir: Path) -> None:
+    """Make the run's folder, and write its config there where it is not what is there already."""
     path = run_dir / "config.json"
-    if started:
-        changed = [d for d in differences(read_config(path), config) if d.partition(":")[0] not in MAY_CHANGE]
-        if changed:
-            raise ConfigError(
-                f"{run_dir} was trained with another config ({'; '.join(changed)}); "
-                f"choose another folder with --run, or delete this one"
-            )
-    if writes and (not path.exists() or differences(read_config(path), config)):
+    if not path.exists() or differences(read_config(path), config):
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
 

@@ -19,10 +19,9 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
-        self._wakeup = -1
 
     def __enter__(self) -> "StopSignal":
-        self._wakeup = signal.set_wakeup_fd(-1)  # of `leaving_on_sigterm`, whose place this takes
+        _end_of_leaving()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -30,7 +29,6 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
@@ -52,7 +50,7 @@ def leaving_on_sigterm() -> Iterator[None]:
     """Before training there is nothing to save: SIGTERM ends the process at once, with 75, wherever it is.
 
     It may be waiting for other processes in a library that lets no handler of Python's run for minutes, so a thread
-    is told of the signal. Inside the block `StopSignal` takes its place.
+    is told of the signal. Where training begins, `StopSignal` takes its place for good.
     """
     seen, see = os.pipe()
     os.set_blocking(see, False)
@@ -64,13 +62,21 @@ def leaving_on_sigterm() -> Iterator[None]:
                 os._exit(STOPPED)
         os.close(seen)
 
-    # Without a handler, one that does nothing, Python would not write the signal's number to the pipe.
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    wakeup = signal.set_wakeup_fd(see, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _noted)
+    signal.set_wakeup_fd(see, warn_on_full_buffer=False)
     threading.Thread(target=leave, name="sigterm", daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
-        signal.set_wakeup_fd(wakeup)
+        _end_of_leaving()
         os.close(see)
+
+
+def _noted(number: int, _: FrameType | None) -> None:
+    """Does nothing: without a handler Python would not write the number of the signal to the pipe."""
+
+
+def _end_of_leaving() -> None:
+    if signal.getsignal(signal.SIGTERM) is _noted:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)

@@ -56,19 +56,18 @@ class Watchdog:
                 self._report()
 
     def _report(self) -> None:
-        place = place_of_main_thread()
+        # First the line, from memory alone: what hangs may be the disk that everything else lies on.
+        with contextlib.suppress(OSError, ValueError):  # a folder that cannot be written: the run will say so itself
+            self.say(
+                f"nothing has moved for {self._seconds:g} s (training.watchdog_seconds); still waiting in "
+                f"{place_of_main_thread()}; all threads and loader workers: {self._stacks}"
+            )
         found = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} nothing has moved for {self._seconds:g} s\n"]
         with contextlib.suppress(OSError):  # no room for a temporary file
             found.append(own_stacks())
         for worker in multiprocessing.active_children():
             if worker.pid is not None:
                 found.append(f"\nloader worker, process {worker.pid}:\n{stacks_of(worker.pid)}")
-        # The line comes first: what hangs may be the disk that the file lies on.
-        with contextlib.suppress(OSError, ValueError):  # a folder that cannot be written: the run will say so itself
-            self.say(
-                f"nothing has moved for {self._seconds:g} s (training.watchdog_seconds); still waiting in {place}; "
-                f"all threads and loader workers: {self._stacks}"
-            )
         try:
             with self._stacks.open("a", encoding="utf-8") as file:
                 file.writelines(found)
