@@ -175,13 +175,15 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
 
 def _shard(arguments: argparse.Namespace) -> int:
     from jaxds2.data.shards import write_shards
+    from jaxds2.stop import leaving_on_sigterm
 
     _must_exist(arguments.manifest)
     if not 1e-6 <= arguments.shard_size <= MAX_SHARD_MB:
         raise ConfigError(f"--shard-size {arguments.shard_size:g}: expected megabytes, up to {MAX_SHARD_MB}")
     _check_workers(arguments.workers)
     shard_bytes = round(arguments.shard_size * 1e6)
-    write_shards(arguments.manifest, arguments.out, shard_bytes=shard_bytes, workers=arguments.workers)
+    with leaving_on_sigterm("stopped; the same command goes on"):
+        write_shards(arguments.manifest, arguments.out, shard_bytes=shard_bytes, workers=arguments.workers)
     return 0
 
 
@@ -250,10 +252,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dry_run(config).render())
         return 0
     from jaxds2.allocator import keep_pages
-    from jaxds2.training.stop import leaving_on_sigterm
+    from jaxds2.stop import leaving_on_sigterm
 
     keep_pages()
-    with leaving_on_sigterm(), _joined(arguments):
+    with leaving_on_sigterm("stopped before training; the same command starts again"), _joined(arguments):
         from jaxds2.training.loop import train as train_run
 
         return train_run(config, arguments.run or Path("runs") / config.name)

@@ -24,7 +24,10 @@ LATEST = 1800.0
 """Seconds that a process waits at its end for the last of the others: the first may still write the report of a large
 evaluation, or a checkpoint to a slow disk."""
 
-_SILENT = "killed, out of memory, or its host or network is down; nothing was heard of it any more"
+_SILENT = (
+    "killed, out of memory, or its host or network is down, or it was stopped before it trained; nothing was heard of "
+    "it any more"
+)
 
 
 class Lifeline:

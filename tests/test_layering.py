@@ -24,6 +24,7 @@ FLOORS = (
         "compiler",
         "lifeline",
         "stacks",
+        "stop",
         "model.cell",
         "model.stored",
     ),
@@ -49,7 +50,6 @@ FLOORS = (
     (
         "training.step",
         "training.checkpoint",
-        "training.stop",
         "training.watchdog",
         "training.monitor",
         "evaluation.comparison",

@@ -38,14 +38,18 @@ class Said:
         assert self._came.acquire(timeout=60)
 
 
-def wait_for_a_loader_that_hangs(said: Said) -> None:
+def wait_for_a_loader_that_hangs(said: Said, stacks: Path) -> None:
     said.wait()
+    deadline = time.monotonic() + 60  # the line comes before the file
+    while not (stacks.exists() and "wait_for_a_loader_that_hangs" in stacks.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_it_names_where_each_thread_waits_once_for_each_halt(tmp_path: Path):
     said, stacks = Said(), tmp_path / "stacks.txt"
     with Watchdog(0.5, stacks, said) as watchdog:
-        wait_for_a_loader_that_hangs(said)
+        wait_for_a_loader_that_hangs(said, stacks)
         watchdog.beat()
         said.wait()
     assert "wait_for_a_loader_that_hangs" in stacks.read_text()

@@ -26,6 +26,7 @@ from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.lock import FolderLock
 from jaxds2.model import mosaic
 from jaxds2.model.deepspeech2 import Params, create
+from jaxds2.stop import STOPPED, StopSignal
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
 from jaxds2.training.compilation import (
@@ -52,7 +53,6 @@ from jaxds2.training.step import (
     to_tree,
 )
 from jaxds2.training.step_report import StepReport, TrainingError
-from jaxds2.training.stop import STOPPED, StopSignal
 from jaxds2.training.watchdog import Watchdog
 
 FINISHED = 0

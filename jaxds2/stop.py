@@ -1,4 +1,4 @@
-"""Being told to stop: training saves everything and leaves with 75, which launchers take for `start me again`."""
+"""Being told to stop: what can be resumed leaves with 75, which launchers take for `start me again`."""
 
 import contextlib
 import os
@@ -46,11 +46,11 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def leaving_on_sigterm() -> Iterator[None]:
-    """Before training there is nothing to save: SIGTERM ends the process at once, with 75, wherever it is.
+def leaving_on_sigterm(says: str) -> Iterator[None]:
+    """Where there is nothing to save, SIGTERM ends the process at once, with 75, wherever it is; it `says` so.
 
-    It may be waiting for other processes in a library that lets no handler of Python's run for minutes, so a thread
-    is told of the signal. Where training begins, `StopSignal` takes its place for good.
+    Before training it may be waiting for other processes in a library that lets no handler of Python's run for minutes,
+    so a thread is told of the signal. Where training begins, `StopSignal` takes its place for good.
     """
     seen, see = os.pipe()
     os.set_blocking(see, False)
@@ -58,7 +58,7 @@ def leaving_on_sigterm() -> Iterator[None]:
     def leave() -> None:
         while number := os.read(seen, 1):
             if number[0] == signal.SIGTERM:
-                print("SIGTERM: stopped before training; the same command starts again", file=sys.stderr, flush=True)
+                print(f"SIGTERM: {says}", file=sys.stderr, flush=True)
                 os._exit(STOPPED)
         os.close(seen)
 
