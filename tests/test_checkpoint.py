@@ -1,6 +1,8 @@
 """What was saved comes back to the bit, or is refused in one line."""
 
+import asyncio
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -376,6 +378,26 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(sa
 def refuse_old_name(monkeypatch):
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda source, to: rename(source, to) if Path(source).name != "10" else refuse())
+
+
+def test_further_errors_of_a_failed_save_are_not_told_with_a_trace(tmp_path: Path, caplog):
+    """As orbax leaves them: tasks that have failed and that nobody asks."""
+
+    async def fail(what: str) -> None:
+        raise ValueError(what)
+
+    async def leave(what: str) -> None:
+        task = asyncio.get_running_loop().create_task(fail(what))
+        await asyncio.sleep(0)
+        del task
+
+    with Checkpoints(tmp_path / "checkpoints"):
+        asyncio.run(leave("OUT_OF_RANGE: Failed to write 56812 bytes: File too large [os_error_code='27']"))
+        gc.collect()
+        assert caplog.messages == []
+        asyncio.run(leave("another"))
+        gc.collect()
+        assert len(caplog.messages) == 1
 
 
 def refuse_to_delete(monkeypatch):

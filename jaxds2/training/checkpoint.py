@@ -84,6 +84,7 @@ class Checkpoints:
         self._saving: tuple[int, Future[None]] | None = None
         self._elsewhere: set[int] = set()
         """Steps that another process saves for this one."""
+        logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_save)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -524,6 +525,16 @@ def _orbax() -> ocp.Checkpointer:
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
+    """False for a further error of a save that has failed.
+
+    orbax writes several arrays at once and raises the first error, which is told in a line; the others would be logged
+    with a stack trace, in the middle of whatever comes next.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and _errno(error))
 
 
 def _whole(leaf: Any) -> Any:
