@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "train.jsonl"
         write_manifest(manifest, count)
-        for shapes in SHAPES:
+        for shapes in SHAPES[:1] if arguments.small else SHAPES:
             # Planned once before, to know which recordings have to be there.
             in_new_process(write_first_batch, manifest, shapes)
             table[f"ours-{shapes}-shapes"] = in_new_process(first_batch, manifest, shapes, time.time())
