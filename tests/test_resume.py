@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from damage import flip_a_bit
+from exactness import stopped_at
 from toy_runs import config, metrics, run_digest, steps_of
 
 from jaxds2.config import (
@@ -36,18 +37,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("stop_at", "workers"), [(3, 0), (5, 2)])
-def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, monkeypatch, stop_at, workers):
+def test_a_stopped_run_resumes_to_the_bit(tones, whole, tmp_path, stop_at, workers):
     base = config(tones)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=workers))
-    advance = Monitor.advance
-
-    def stop(self, step, **values):
-        advance(self, step, **values)
-        if step == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "advance", stop)
+    with stopped_at(stop_at, process=0):
         assert train(base, tmp_path / "run", progress=False) == STOPPED
     assert stop_at <= run_digest(tmp_path / "run")[1] < 8
     assert train(base, tmp_path / "run", progress=False) == FINISHED
@@ -117,22 +110,14 @@ def test_a_run_stopped_while_it_evaluates_makes_up_for_it(tones, whole, tmp_path
     assert run_digest(tmp_path / "run") == run_digest(whole)
 
 
-def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_path, monkeypatch):
+def test_what_was_left_out_before_a_stop_is_still_counted_after_it(tones, tmp_path):
     utterances = read_manifest(tones / "train.jsonl")
     gone = [dataclasses.replace(u, audio_filepath=tmp_path / "gone.wav") for u in utterances[:4]]
     write_manifest(tmp_path / "train.jsonl", gone + utterances[4:])
     base = config(tones)
     data = dataclasses.replace(base.data, train=(str(tmp_path / "train.jsonl"),), dev=None)
     assert train(dataclasses.replace(base, data=data), tmp_path / "whole", progress=False) == FINISHED
-    advance = Monitor.advance
-
-    def stop(self, step, **values):
-        advance(self, step, **values)
-        if step == 4:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "advance", stop)
+    with stopped_at(4, process=0):
         assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == STOPPED
     assert train(dataclasses.replace(base, data=data), tmp_path / "run", progress=False) == FINISHED
     counts = [metrics(tmp_path / run)[8]["train/unreadable"] for run in ("whole", "run")]
@@ -311,16 +296,8 @@ def test_a_checkpoint_that_knows_no_digest_wants_the_very_manifest(tones, whole,
     assert train(config(tones), tmp_path / "run", progress=False) == FINISHED
 
 
-def test_manifests_may_be_packed_into_shards_or_moved_on_resume(tones, tmp_path, monkeypatch):
-    advance = Monitor.advance
-
-    def stop(self, step, **values):
-        advance(self, step, **values)
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "advance", stop)
+def test_manifests_may_be_packed_into_shards_or_moved_on_resume(tones, tmp_path):
+    with stopped_at(3, process=0):
         assert train(config(tones), tmp_path / "run", progress=False) == STOPPED
     base = config(tones)
     write_shards(tones / "train.jsonl", tmp_path / "shards/train", workers=1)

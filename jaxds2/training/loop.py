@@ -138,7 +138,8 @@ def _train(
         source = init_run(config.training.init_from)
     vocabulary = Vocabulary(config.data.characters)
     mesh = data_mesh(config.training.devices, rows_multiple=config.data.rows_multiple, fsdp=config.training.fsdp)
-    keep_compiled(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    keep_compiled(platform)
     utterances, left_out = read_training_data(config, vocabulary)
     dev = read_dev_data(config, vocabulary)
     plan = training_plan(config, utterances, vocabulary)
@@ -185,7 +186,7 @@ def _train(
     )
     state = TrainState.create(params, optimizer, ema_decay=ema_decay)
     everywhere, shardings = NamedSharding(mesh, PartitionSpec()), shardings_of(state, mesh)
-    jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    jit = partial(jax.jit, compiler_options=compiler_options(platform))
     gradient_step = jit(gradient_step, out_shardings=(shardings.params, everywhere))
     update_step = jit(
         make_update_step(optimizer, ema_decay=ema_decay), donate_argnums=0, out_shardings=(shardings, everywhere)
@@ -215,7 +216,7 @@ def _train(
         monitor.message(
             f"{sum(p.size for p in params.values()):,} parameters; {len(utterances)} utterances, {hours:.2f} h; "
             f"{len(plan.buckets)} batch shapes, {100 * plan.padding_share(0):.1f} % padding; {total_steps} steps on "
-            f"{mesh.size} of {jax.device_count()} {mesh.devices.flat[0].platform} device(s)"
+            f"{mesh.size} of {jax.device_count()} {platform} device(s)"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         )
         if config.training.devices is None and mesh.size < jax.device_count():
@@ -223,7 +224,6 @@ def _train(
                 f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
                 f"set it to a multiple of {jax.device_count()} to use all"
             )
-        platform = mesh.devices.flat[0].platform
         if config.model.scan == "fused" and (line := mosaic.stand_in(config.model.hidden, platform)):
             monitor.message(line)
         if source is not None:
