@@ -2,6 +2,7 @@
 in the frames a known label stands.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ Implementation = Literal["optax", "fused"]
 
 _NEVER = -1e30
 """Logarithm of a probability of 0, with which sums stay finite."""
+_BLOCK = 8
+"""Frames after which the fused form makes its numbers small again."""
 
 
 def min_frames(label: Sequence[object]) -> int:
@@ -53,7 +56,7 @@ def ctc_loss(
       labels_BN: label ids, no blanks within the label length.
       label_lengths_B: labels of each row.
       implementation: `optax`, the reference, differentiated by JAX; or `fused`, forward and backward variables in one
-        scan and the gradient in closed form: less memory, and a gradient closer to float64's (docs/numerics.md). It
+        loop and the gradient in closed form: less memory, and a gradient closer to float64's (docs/numerics.md). It
         has no second derivative.
     """
     ok_B = feasible(logit_lengths_B, labels_BN, label_lengths_B)
@@ -143,6 +146,11 @@ def _from_left(x_BS: jax.Array, steps: int, fill: float) -> jax.Array:
     return jnp.pad(x_BS, ((0, 0), (steps, 0)), constant_values=fill)[:, :-steps]
 
 
+def _from_right(x_BS: jax.Array, fill: float) -> jax.Array:
+    """Each state gets the value of its right neighbour."""
+    return jnp.pad(x_BS, ((0, 0), (0, 1)), constant_values=fill)[:, 1:]
+
+
 def consistency_loss(logits_BUV: jax.Array, logit_lengths_B: jax.Array) -> jax.Array:
     """How far apart two views of each utterance are read, in nats, float32 (B / 2,).
 
@@ -180,6 +188,31 @@ def _fused_reverse(grads_BUV: jax.Array, scale_B: jax.Array) -> tuple[jax.Array,
 _fused.defvjp(_fused_forward, _fused_reverse)
 
 
+class _States(NamedTuple):
+    """A number for each state of a lattice, which are in the order of the text blank 0, label 0, blank 1, label 1, ...
+
+    Both arrays have N + 1 columns, so that neighbours stand in the same one; no path spells the last label.
+    """
+
+    blank: jax.Array
+    label: jax.Array
+
+
+class _Lane(NamedTuple):
+    """The forward variables, or the backward ones: `at` + `base`, after the frames so far.
+
+    A float32 keeps few digits of a large number. So `at` stays small: every `_BLOCK` frames what has become whole of it
+    is moved to `base`, which rounds nothing.
+    """
+
+    at: _States
+    base: _States
+    all_to: _States | None
+    """`at` before each frame's own probabilities, (U, B, N + 1), in the order of time; None where no one asks."""
+    all_base: _States | None
+    """`base` of each block of frames."""
+
+
 def _forward_backward(
     logits_BUV: jax.Array,
     lengths_B: jax.Array,
@@ -190,81 +223,122 @@ def _forward_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss (B,) and its gradient by the logits (B, U, V), which is empty unless `with_gradient`.
 
-    Graves et al. 2006, section 4.1, in log space. A lattice has N + 1 blank states and, between them, N label states.
-    The backward variables obey the forward recursion on the lattice turned round, frames and labels both, so one scan
-    runs the two as rows of one array: R = 2, backward first. After each frame the best state of a row is moved to 0,
-    which keeps the numbers, and so their rounding, small; the moves only have to be added up for the loss, because the
-    gradient needs each frame's posterior, whose sum over the states is 1.
+    Graves et al. 2006, section 4.1, in log space: the forward and the backward variables in one loop over the frames.
+    The gradient needs each frame's posterior, whose sum over the states is 1.
     """
     num_frames, num_labels = logits_BUV.shape[1], labels_BN.shape[1]
-
-    def rows(backward: jax.Array, forward: jax.Array) -> jax.Array:
-        return jnp.stack([backward, forward]) if with_gradient else backward[None]
-
-    log_probs_UBV = jax.nn.log_softmax(jnp.swapaxes(logits_BUV, 0, 1), axis=-1)
-    label_UBN = jnp.take_along_axis(log_probs_UBV, labels_BN[None], axis=2)
+    num_blocks = -(-num_frames // _BLOCK)
+    log_probs_BUV = jax.nn.log_softmax(logits_BUV, axis=-1)
+    # Taken off a frame and added up apart, as whole numbers, it leaves small ones.
+    best_BU1 = jnp.round(jnp.max(log_probs_BUV, axis=-1, keepdims=True))
+    blank_UB1 = jnp.swapaxes(log_probs_BUV[..., BLANK_ID : BLANK_ID + 1] - best_BU1, 0, 1)
+    label_UBN = jnp.swapaxes(jnp.take_along_axis(log_probs_BUV, labels_BN[:, None], axis=2) - best_BU1, 0, 1)
     # Else the paths that run on into the padding of a label would be the best, and those that count far below them.
     in_label_1BN = (jnp.arange(num_labels)[None, :] < label_lengths_B[:, None])[None]
     label_UBN = jnp.where(in_label_1BN, label_UBN, _NEVER)
-    blank_UB1 = log_probs_UBV[:, :, BLANK_ID : BLANK_ID + 1]
-    turned_RBN = rows(labels_BN[:, ::-1], labels_BN)
+    label_UBN = jnp.pad(label_UBN, ((0, 0), (0, 0), (0, 1)), constant_values=_NEVER)
     # A label may follow another without a blank between them, unless the two are equal.
-    follows_RBN = jnp.pad(turned_RBN[..., 1:] != turned_RBN[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    # Before the first frame a path stands at the blank before its first label; turned round, the padding comes first.
-    start_RB = rows(num_labels - label_lengths_B, jnp.zeros_like(label_lengths_B))
-    at_blank = jnp.where(jnp.arange(num_labels + 1)[None, None, :] == start_RB[..., None], 0.0, _NEVER)
-    at_label = jnp.full(turned_RBN.shape, _NEVER)
+    follows_BN = jnp.pad(labels_BN[:, 1:] != labels_BN[:, :-1], ((0, 0), (1, 1)))
 
-    def step(carry, frame):
-        at_blank, at_label, moved = carry
-        back = num_frames - 1 - frame
-        label_before = jnp.pad(at_label, ((0, 0), (0, 0), (1, 0)), constant_values=_NEVER)
-        to_blank = _add_two(at_blank, label_before)
-        to_label = _add_three(at_label, at_blank[..., :-1], jnp.where(follows_RBN, label_before[..., :-1], _NEVER))
-        # Else XLA's CPU compiler computes the logarithms again for each of their uses.
-        to_blank, to_label = jax.lax.optimization_barrier((to_blank, to_label))
-        blank = to_blank + rows(blank_UB1[back], blank_UB1[frame])
-        label = to_label + rows(label_UBN[back][:, ::-1], label_UBN[frame])
-        best = jnp.maximum(jnp.max(blank, -1, keepdims=True), jnp.max(label, -1, keepdims=True))
-        inside = rows(back < lengths_B, frame < lengths_B)[..., None]  # beyond its length a row waits as it is
-        carry = (
-            jnp.where(inside, blank - best, at_blank),
-            jnp.where(inside, label - best, at_label),
-            moved + jnp.where(inside, best, 0.0),
-        )
-        return carry, (to_blank, to_label)
+    def backward(at: _States, base: _States) -> _States:
+        to_blank_BN = _add_two(at.blank, at.label + (base.label - base.blank))
+        # The blank has the label behind it already; only an equal one must not be reached without the blank.
+        from_right_BN = _from_right(jnp.where(follows_BN, to_blank_BN, at.blank), _NEVER)
+        from_right_BN = from_right_BN + (_from_right(base.blank, 0.0) - base.label)
+        return _States(to_blank_BN, _add_two(at.label, from_right_BN))
 
-    carry = (at_blank, at_label, jnp.zeros((*start_RB.shape, 1)))
-    (at_blank, at_label, moved), before = jax.lax.scan(step, carry, jnp.arange(num_frames))
-    loss_B = -(_add_two(at_blank[0, :, -1], at_label[0, :, -1]) + moved[0, :, 0])
+    def forward(at: _States, base: _States) -> _States:
+        from_left_BN = _from_left(at.label, 1, _NEVER) + (_from_left(base.label, 1, 0.0) - base.blank)
+        to_blank_BN = _add_two(at.blank, from_left_BN)
+        from_left_BN = jnp.where(follows_BN, to_blank_BN, at.blank) + (base.blank - base.label)
+        return _States(to_blank_BN, _add_two(at.label, from_left_BN))
+
+    moves = (backward, forward) if with_gradient else (backward,)
+
+    def place(move: object, index: jax.Array, count: int) -> jax.Array:
+        return count - 1 - index if move is backward else index
+
+    def block(number: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
+        def enter(move, lane: _Lane) -> _Lane:
+            at, base = _rebased(lane.at, lane.base)
+            return lane._replace(at=at, base=base, all_base=_put(lane.all_base, base, place(move, number, num_blocks)))
+
+        def step(index: jax.Array, move, lane: _Lane) -> _Lane:
+            frame = place(move, number * _BLOCK + index, num_blocks * _BLOCK)
+            to = move(lane.at, lane.base)
+            passed = _States(to.blank + blank_UB1[frame], to.label + label_UBN[frame])
+            inside_B1 = (frame < lengths_B)[:, None]  # beyond its length a row waits as it is
+            at = jax.tree.map(lambda new, old: jnp.where(inside_B1, new, old), passed, lane.at)
+            return lane._replace(at=at, all_to=_put(lane.all_to, to, frame))
+
+        def steps(index: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
+            return tuple(map(functools.partial(step, index), moves, lanes))
+
+        return jax.lax.fori_loop(0, _BLOCK, steps, tuple(map(enter, moves, lanes)))
+
+    def start(start_B: jax.Array) -> _Lane:
+        never_BN = jnp.full(follows_BN.shape, _NEVER)
+        at_start_BN = jnp.arange(num_labels + 1)[None, :] == start_B[:, None]
+        states = _States(jnp.where(at_start_BN, 0.0, never_BN), never_BN)
+        zeros = jax.tree.map(jnp.zeros_like, states)
+        if not with_gradient:
+            return _Lane(states, zeros, None, None)
+        room = [
+            jax.tree.map(lambda x, n=n: jnp.zeros((n, *x.shape)), states) for n in (num_blocks * _BLOCK, num_blocks)
+        ]
+        return _Lane(states, zeros, *room)
+
+    # Before the first frame a path stands at the blank before its first label; seen from its end, behind its last one.
+    lanes = tuple(map(start, (label_lengths_B, jnp.zeros_like(label_lengths_B))))[: len(moves)]
+    behind, *ahead = jax.lax.fori_loop(0, num_blocks, block, lanes)
+    first = jax.tree.map(lambda at, base: at[:, 0] + base[:, 0], behind.at, behind.base)
+    end_B = _add_two(*first)
+    valid_BU1 = (jnp.arange(num_frames)[None, :] < lengths_B[:, None])[..., None]
+    loss_B = -(end_B + jnp.sum(jnp.where(valid_BU1, best_BU1, 0.0), axis=(1, 2)))
     if not with_gradient:
         return loss_B, jnp.zeros((*logits_BUV.shape[:2], 0))
 
     # Paths up to a state, the state's own frame, and paths on from it: the posterior of the state, frame by frame.
-    to_blank, to_label = before
-    blank = to_blank[::-1, 0, :, ::-1] + to_blank[:, 1] + blank_UB1
-    label = to_label[::-1, 0, :, ::-1] + to_label[:, 1] + label_UBN
-    best = jnp.maximum(jnp.max(blank, -1, keepdims=True), jnp.max(label, -1, keepdims=True))
-    blank_UB = jnp.sum(jnp.exp(blank - best), axis=-1)
-    posterior_UBN = jnp.exp(label - best)
-    total_UB = blank_UB + jnp.sum(posterior_UBN, axis=-1)
-    valid_BU1 = (jnp.arange(num_frames)[None, :] < lengths_B[:, None])[..., None]
+    to, base = jax.tree.map(jnp.add, behind[2:], ahead[0][2:])
+
+    def posterior(to_UBN: jax.Array, base_KBN: jax.Array, frame_UBN: jax.Array) -> jax.Array:
+        base_K1BN = (base_KBN - jnp.round(end_B)[None, :, None])[:, None]
+        base_UBN = jnp.broadcast_to(base_K1BN, (num_blocks, _BLOCK, *base_KBN.shape[1:])).reshape(to_UBN.shape)
+        return jnp.exp((to_UBN + base_UBN)[:num_frames] + frame_UBN)
+
+    blank_UB = _sum(posterior(to.blank, base.blank, blank_UB1))
+    posterior_UBN = posterior(to.label, base.label, label_UBN)[..., :-1]
+    # Rounding has left the sum close to 1, and beyond a length it is anything.
+    total_UB = jnp.where(valid_BU1[..., 0].T, blank_UB + _sum(posterior_UBN), 1.0)
     # By a matmul, not a scatter, whose order of summing is not defined on every device; the blank is one label more,
     # because whatever comes after the matmul is done for every class.
     posterior_UBN = jnp.concatenate([blank_UB[..., None], posterior_UBN], axis=-1) / total_UB[..., None]
     labels_BN = jnp.pad(labels_BN, ((0, 0), (1, 0)), constant_values=BLANK_ID)
     is_class_BNV = jax.nn.one_hot(labels_BN, logits_BUV.shape[2])
     occupied_BUV = jnp.einsum("ubn,bnv->buv", posterior_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
-    return loss_B, jnp.where(valid_BU1, jnp.exp(jnp.swapaxes(log_probs_UBV, 0, 1)) - occupied_BUV, 0.0)
+    return loss_B, jnp.where(valid_BU1, jnp.exp(log_probs_BUV) - occupied_BUV, 0.0)
+
+
+def _sum(x_UBN: jax.Array) -> jax.Array:
+    """Over the last axis, as a product with ones: XLA's CPU compiler adds up one number after the other, and computes
+    what it adds up just so.
+    """
+    ones_N = jnp.ones(x_UBN.shape[-1:])
+    return jnp.einsum("ubn,n->ub", x_UBN, ones_N, precision=jax.lax.Precision.HIGHEST)
+
+
+def _put(rows: _States | None, row: _States, index: jax.Array) -> _States | None:
+    if rows is None:
+        return None
+    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), rows, row)
+
+
+def _rebased(at: _States, base: _States) -> tuple[_States, _States]:
+    """The same numbers with what is whole of them in `base`; states that no path has reached stay as they are."""
+    whole = jax.tree.map(lambda x: jnp.where(x > _NEVER / 2, jnp.round(x), 0.0), at)
+    return jax.tree.map(jnp.subtract, at, whole), jax.tree.map(jnp.add, base, whole)
 
 
 def _add_two(a: jax.Array, b: jax.Array) -> jax.Array:
     """log(exp(a) + exp(b))."""
     return jnp.maximum(a, b) + jnp.log(1.0 + jnp.exp(-jnp.abs(a - b)))
-
-
-def _add_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """log(exp(a) + exp(b) + exp(c)), of which the largest is not computed: exp(0) = 1."""
-    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
-    largest, middle = jnp.maximum(high, c), jnp.minimum(high, c)
-    return largest + jnp.log(1.0 + jnp.exp(low - largest) + jnp.exp(middle - largest))

@@ -97,7 +97,7 @@ def test_both_forms_are_equal_whatever_the_lengths(rows, seed):
     np.testing.assert_allclose(grads, expected_grads, atol=2e-4)
 
 
-@pytest.mark.parametrize(("form", "error"), [("optax", 3e-3), ("fused", 3e-5)])
+@pytest.mark.parametrize(("form", "error"), [("optax", 3e-3), ("fused", 4e-6)])
 @pytest.mark.parametrize("scale", [1.0, 8.0])  # as at the start of training, and peaky on the wrong labels
 def test_the_gradient_of_long_utterances_against_float64(form, error, scale):
     logits = scale * jax.random.normal(jax.random.key(3), (3, 600, 29))
