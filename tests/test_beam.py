@@ -190,6 +190,8 @@ def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):
         ({"beam_prune_logp": 10.0}, "pruning at 10.0 and -5.0 nats: both must be below 0"),
         ({"token_min_logp": float("nan")}, "pruning at -10.0 and nan nats: both must be below 0"),
         ({"beam_prune_logp": float("nan")}, "pruning at nan and -5.0 nats: both must be below 0"),
+        ({"beam_prune_logp": -math.inf}, "pruning at -inf and -5.0 nats: .* finite; -1e4 drops nothing"),
+        ({"token_min_logp": -math.inf}, "pruning at -10.0 and -inf nats: .* finite; -1e4 drops nothing"),
         ({"alpha": -0.1}, "alpha must be 0 or more"),
         ({"beta": float("nan")}, "both finite"),
     ],

@@ -223,6 +223,11 @@ def test_hot_words_come_from_the_command_line_or_a_file(vocabulary, tmp_path):
     assert read_hot_words("nine:5,Ten", vocabulary) == (("nine", 5.0), ("ten", 10.0))
     (tmp_path / "words.txt").write_text("nine:5\n\nten\n")
     assert read_hot_words(str(tmp_path / "words.txt"), vocabulary) == (("nine", 5.0), ("ten", 10.0))
+    many = [a + b for a in "abcdefghij" for b in "abcdefghij"]  # more than a file may be named
+    assert [word for word, _ in read_hot_words(":5,".join(many), vocabulary)] == many
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9:3\n")
+    with pytest.raises(ConfigError, match=r"latin\.txt: cannot be read as text"):
+        read_hot_words(str(tmp_path / "latin.txt"), vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,9 @@ def test_hot_words_come_from_the_command_line_or_a_file(vocabulary, tmp_path):
         ("nine:much", "hot word 'nine:much': expected word:weight"),
         (" , ", "expected single words"),
         ("one two:3", "expected single words"),
+        ("nine:nan", "hot word 'nine:nan': .* a finite number"),
+        ("nine:-inf", "hot word 'nine:-inf': .* a finite number"),
+        ("nine:5,Nine:3", "hot word 'nine' has two weights, 5 and 3; give it one"),
     ],
 )
 def test_hot_words_that_are_none_are_refused(text, message, vocabulary):

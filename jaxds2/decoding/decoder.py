@@ -1,6 +1,8 @@
 """The decoder that somebody asked for: the one place that knows them all."""
 
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,10 +88,15 @@ def read_hot_words(text: str, vocabulary: Vocabulary) -> tuple[tuple[str, float]
     """Hot words of `word:weight,word:weight`, or of a file with one such a line; weight 10 where there is none.
 
     Raises:
-      ConfigError: no word, more than one in a place, or a weight that is no number.
+      ConfigError: no word, more than one in a place, one with two weights, a weight that is no finite number, or a file
+        that is no text.
     """
-    path = Path(text)
-    entries: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    entries = text.split(",")
+    if os.path.isfile(text):  # Path.is_file raises where a list is longer than a name may be
+        try:
+            entries = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"hot words {text}: cannot be read as text ({e})") from None
     found: dict[str, float] = {}
     for entry in entries:
         if not entry.strip():
@@ -97,9 +104,14 @@ def read_hot_words(text: str, vocabulary: Vocabulary) -> tuple[tuple[str, float]
         word, colon, weight = entry.strip().rpartition(":")
         word, weight = (word, weight) if colon else (weight, str(HOT_WORD_WEIGHT))
         try:
-            found[vocabulary.normalize(word)] = float(weight)
+            nats = float(weight)
         except ValueError:
-            raise ConfigError(f"hot word {entry.strip()!r}: expected word:weight, the weight a number") from None
+            nats = math.nan
+        if not math.isfinite(nats):
+            raise ConfigError(f"hot word {entry.strip()!r}: expected word:weight, the weight a finite number")
+        word = vocabulary.normalize(word)
+        if found.setdefault(word, nats) != nats:
+            raise ConfigError(f"hot word {word!r} has two weights, {found[word]:g} and {nats:g}; give it one")
     if not found or any(len(word.split()) != 1 for word in found):
         raise ConfigError(f"hot words {text!r}: expected single words, as word:weight,word:weight or a file of them")
     return tuple(found.items())

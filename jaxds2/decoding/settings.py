@@ -33,8 +33,11 @@ class BeamSettings:
     def __post_init__(self) -> None:
         if self.beam_width < 1:
             raise ConfigError(f"beam width {self.beam_width}: must be at least 1")
-        if not (self.beam_prune_logp < 0 and self.token_min_logp < 0):  # so that NaN is refused
-            raise ConfigError(f"pruning at {self.beam_prune_logp} and {self.token_min_logp} nats: both must be below 0")
+        if not all(-math.inf < nats < 0 for nats in (self.beam_prune_logp, self.token_min_logp)):  # nor NaN
+            raise ConfigError(
+                f"pruning at {self.beam_prune_logp} and {self.token_min_logp} nats: both must be below 0 and finite; "
+                f"-1e4 drops nothing"
+            )
         if not (math.isfinite(self.alpha) and math.isfinite(self.beta) and self.alpha >= 0):
             raise ConfigError(f"alpha {self.alpha}, beta {self.beta}: alpha must be 0 or more, both finite")
         if self.nbest < 1:
