@@ -53,6 +53,18 @@ def test_what_is_missing_or_damaged_is_refused(saved, tmp_path):
     (tmp_path / "logprobs.json").write_text(json.dumps(index | {"schema_version": 9}))
     with pytest.raises(LogProbsError, match="schema version 9, expected 1"):
         read_log_probs(tmp_path)
+    write_log_probs(tmp_path, saved)
+    index = json.loads((tmp_path / "logprobs.json").read_text())
+    damaged = (
+        ([], "schema version None, expected 1"),
+        ({k: v for k, v in index.items() if k != "sha256"}, "not as --save-logprobs writes it; write it again"),
+        (index | {"utterances": ["b"]}, "not as --save-logprobs writes it; write it again"),
+        (index | {"utterances": index["utterances"][1:]}, r"names 8 frames, logprobs\.npy holds 11; write both again"),
+    )
+    for content, message in damaged:
+        (tmp_path / "logprobs.json").write_text(json.dumps(content))
+        with pytest.raises(LogProbsError, match=rf"logprobs\.json: {message}"):
+            read_log_probs(tmp_path)
     (tmp_path / "logprobs.json").write_text("{")
     with pytest.raises(LogProbsError, match=r"logprobs\.json: cannot be read"):
         read_log_probs(tmp_path)

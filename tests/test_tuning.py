@@ -161,7 +161,16 @@ def test_back_ends_stand_beside_one_another(run):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"pyctcdecode": 3}', '{"pyctcdecode": {"settings": {}}}', '{"pyctcdecode": {"lm_sha256": "0"}}'],
+    [
+        "{",
+        "[]",
+        '{"pyctcdecode": 3}',
+        '{"pyctcdecode": {"settings": {}}}',
+        '{"pyctcdecode": {"lm_sha256": "0"}}',
+        '{"pyctcdecode": {"lm_sha256": "0", "settings": {"alpha": "x"}}}',
+        '{"pyctcdecode": {"lm_sha256": "0", "settings": {"alpha": null}}}',
+        '{"pyctcdecode": {"lm_sha256": "0", "settings": {"beam_width": 2.5}}}',
+    ],
 )
 def test_a_damaged_file_is_refused(content, an4, run):
     (run / "decoding.json").write_text(content)

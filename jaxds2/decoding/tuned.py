@@ -85,7 +85,18 @@ def read_tuned(run_dir: Path) -> dict[str, Any]:
         for entry in content.values()
     ):
         raise DecoderError(f"{path}: expected settings by back end; delete it or tune again")
+    for entry in content.values():
+        for name, value in entry["settings"].items():
+            if not _fits(name, value):
+                raise DecoderError(f"{path}: {name} {json.dumps(value)}: expected a number; delete it or tune again")
     return content
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Is it of the type of the setting? Whether it is in its range is said by whoever uses it."""
+    if value is None:
+        return name == "blank_threshold"
+    return type(value) is int or (type(value) is float and name != "beam_width")
 
 
 def write_tuned(run_dir: Path, backend: str, entry: Mapping[str, Any]) -> Path:

@@ -15,6 +15,9 @@ from jaxds2.files import write_whole
 INDEX, ARRAY = "logprobs.json", "logprobs.npy"
 SCHEMA_VERSION = 1
 
+_NAMES = ("characters", "manifest", "manifest_sha256", "run", "checkpoint")
+_KINDS: Mapping[str, type] = dict.fromkeys((*_NAMES, "sha256"), str) | {"checkpoint_step": int, "utterances": list}
+
 
 class LogProbsError(ValueError):
     """Log-probabilities that cannot be used; its message is one line for the user."""
@@ -68,7 +71,7 @@ def read_log_probs(folder: Path) -> LogProbs:
       LogProbsError: no log-probabilities there, or damaged ones.
     """
     try:
-        index: Mapping[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         content = (folder / ARRAY).read_bytes()
     except FileNotFoundError:
         raise LogProbsError(
@@ -76,22 +79,37 @@ def read_log_probs(folder: Path) -> LogProbs:
         ) from None
     except (OSError, ValueError) as e:
         raise LogProbsError(f"{folder / INDEX}: cannot be read ({e})") from None
-    if index.get("schema_version") != SCHEMA_VERSION:
+    version = index.get("schema_version") if isinstance(index, dict) else None
+    if version != SCHEMA_VERSION:
         raise LogProbsError(
-            f"{folder / INDEX}: schema version {index.get('schema_version')}, expected {SCHEMA_VERSION}; "
+            f"{folder / INDEX}: schema version {version}, expected {SCHEMA_VERSION}; "
             f"write it again with --save-logprobs"
         )
+    if not _is_index(index):
+        raise LogProbsError(f"{folder / INDEX}: not as --save-logprobs writes it; write it again")
     if hashlib.sha256(content).hexdigest() != index["sha256"]:
         raise LogProbsError(
             f"{folder / ARRAY}: not the file that {INDEX} describes, or damaged; write both again with --save-logprobs"
         )
     frames = np.load(io.BytesIO(content), allow_pickle=False)
-    ends = np.cumsum([u["frames"] for u in index["utterances"]])
+    ends = np.cumsum([u["frames"] for u in index["utterances"]], dtype=np.intp)
+    if len(frames) != ends[-1:].sum():
+        raise LogProbsError(
+            f"{folder / INDEX}: names {ends[-1:].sum()} frames, {ARRAY} holds {len(frames)}; write both again with "
+            f"--save-logprobs"
+        )
     return LogProbs(
         ids=tuple(u["id"] for u in index["utterances"]),
         log_probs=tuple(np.split(frames, ends[:-1])) if len(ends) else (),
-        **{name: index[name] for name in ("characters", "manifest", "manifest_sha256", "run", "checkpoint")},
+        **{name: index[name] for name in _NAMES},
         checkpoint_step=index["checkpoint_step"],
+    )
+
+
+def _is_index(index: Mapping[str, Any]) -> bool:
+    return all(isinstance(index.get(name), kind) for name, kind in _KINDS.items()) and all(
+        isinstance(u, dict) and isinstance(u.get("id"), str) and isinstance(u.get("frames"), int) and u["frames"] >= 0
+        for u in index["utterances"]
     )
 
 
