@@ -101,15 +101,24 @@ def test_the_surface_is_a_picture(tuned, tmp_path):
     assert (tmp_path / "surface.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["test", "test-clean", "an4_test", "TEST"])
+@pytest.mark.parametrize("name", ["test", "test-clean", "an4_test", "TEST", "test2", "testset", "dev_test1"])
 def test_a_test_set_is_refused(name):
     with pytest.raises(TuningError, match=f"{name}.*by its name a test set"):
         refuse_test_sets(Path(f"data/{name}.jsonl"), name)
 
 
-@pytest.mark.parametrize("name", ["dev", "dev-clean", "contest", "latest"])
+@pytest.mark.parametrize("name", ["dev", "dev-clean", "contest", "latest", "testimony"])
 def test_a_set_that_is_none_is_not_refused(name):
     refuse_test_sets(Path(f"data/test/{name}.jsonl"), name)
+
+
+def test_what_the_run_is_scored_on_is_refused_by_whatever_name(tmp_path):
+    (tmp_path / "held_out.jsonl").touch()
+    (tmp_path / "dev.jsonl").symlink_to("held_out.jsonl")
+    for name in ("held_out", "dev"):
+        with pytest.raises(TuningError, match=rf"{name}\.jsonl: by the run's config \(data\.test\) a test set"):
+            refuse_test_sets(tmp_path / f"{name}.jsonl", name, ["gone.jsonl", str(tmp_path / "held_out.jsonl")])
+    refuse_test_sets(tmp_path / "other.jsonl", "other", [str(tmp_path / "held_out.jsonl")])
 
 
 # decoding.json.

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -93,20 +94,24 @@ class Tuning:
         return "\n".join(lines)
 
 
-def refuse_test_sets(manifest: Path, name: str) -> None:
+def refuse_test_sets(manifest: Path, name: str, tests: Iterable[str] = ()) -> None:
     """Weights are not tuned on what they will be scored on.
 
     Args:
       manifest: as it was given.
       name: of the set in it.
+      tests: the manifests that the run is to be scored on, data.test of its config.
 
     Raises:
-      TuningError: the name has a part `test`, as in test.jsonl and test-clean.jsonl.
+      TuningError: one of `tests`, or the name has a part `test`, as in test.jsonl and test2-clean.jsonl.
     """
     parts = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    if "test" in parts:
+    why = "by its name" if any(re.fullmatch(r"tests?(set)?\d*", part) for part in parts) else ""
+    if manifest_path(manifest).resolve() in [manifest_path(Path(m)).resolve() for m in tests]:
+        why = "by the run's config (data.test)"
+    if why:
         raise TuningError(
-            f"{manifest}: by its name a test set; settings tuned on it would flatter every score on it: "
+            f"{manifest}: {why} a test set; settings tuned on it would flatter every score on it: "
             f"name a development set"
         )
 
@@ -227,7 +232,7 @@ def tune_run(
     vocabulary = Vocabulary(config.data.characters)
     saved = read_log_probs(log_probs) if log_probs else None
     manifest = manifest or Path(saved.manifest if saved else "")
-    refuse_test_sets(manifest, set_name(manifest))
+    refuse_test_sets(manifest, set_name(manifest), config.data.test)
     if manifest_path(manifest).resolve() in [manifest_path(m).resolve() for m in config.data.train]:
         raise TuningError(
             f"{manifest}: the run was trained on it, so that its sound alone seems enough: name a development set that "
