@@ -17,6 +17,8 @@ from jaxds2.config import ConfigError, load_config, read_config
 
 if TYPE_CHECKING:
     from jaxds2.decoding.decoder import DecoderChoice
+    from jaxds2.decoding.hypothesis import Decoder
+    from jaxds2.text import Vocabulary
 
 FAILURE, WRONG_USE = 1, 2
 
@@ -350,10 +352,14 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     from jaxds2.text import Vocabulary
 
     explicit = {name: getattr(arguments, name, None) for name in SETTINGS}
+    asked = getattr(arguments, "nbest", None)
+    nbest = 1 if asked is None else asked
     if arguments.decoder == "greedy":
         names = (*SETTINGS, "lm", "backend", "lexicon", "hot_words")
         if given := [name for name in names if getattr(arguments, name) is not None]:
             raise ConfigError(f"--{given[0].replace('_', '-')} is for --decoder beam")
+        if nbest != 1:
+            raise ConfigError(f"--nbest {nbest}: greedy decoding has one hypothesis; take --decoder beam")
         return DecoderChoice()
     _must_exist(arguments.lm, arguments.lexicon)
     backend = arguments.backend or "pyctcdecode"
@@ -370,9 +376,22 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
         lm=arguments.lm,
         lexicon=arguments.lexicon,
         blank_threshold=threshold,
-        beam=BeamSettings(**values, hot_words=hot_words, nbest=getattr(arguments, "nbest", None) or 1),
+        beam=BeamSettings(**values, hot_words=hot_words, nbest=nbest),
         sources=sources | {"backend": "command line" if arguments.backend else "default"},
     )
+
+
+def _made(choice: "DecoderChoice", vocabulary: "Vocabulary") -> "Decoder":
+    """The decoder; what it leaves out of its language model is said."""
+    from jaxds2.decoding.decoder import make_decoder
+
+    decoder = make_decoder(choice, vocabulary)
+    if left_out := decoder.settings.get("lm_words_left_out"):
+        _note(
+            f"{choice.lm}: {left_out:,} of its {decoder.settings['lm_words'] + left_out:,} words are left out: the "
+            f"alphabet {vocabulary.characters!r} cannot spell them, or the model does not know them"
+        )
+    return decoder
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -434,7 +453,7 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{together}: their scores would go by one name; score each with --manifest and --name")
     vocabulary = Vocabulary(saved.characters if saved else config.data.characters)
     choice = _decoder_choice(arguments, vocabulary.characters)
-    decoder = make_decoder(choice, vocabulary)
+    decoder = _made(choice, vocabulary)
     kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
     kind += "-lm" if choice.lm else ""
     score: Callable[..., object]
@@ -516,14 +535,18 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
         default="kaldingram",
         help="lmplz: KenLM's program, which has to be on the PATH (default: kaldingram, the same file everywhere)",
     )
-    build.add_argument("--binary", action="store_true", help="also FILE.binary, by KenLM's build_binary on the PATH")
-    build.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
+    build.add_argument(
+        "--binary",
+        action=argparse.BooleanOptionalAction,
+        help="also FILE.binary, by KenLM's build_binary (default: where it is on the PATH)",
+    )
+    add_alphabet(build)
     build.set_defaults(call=_lm_build, usage=build.format_usage())
     perplexity = commands.add_parser("perplexity", help="how well a model foresees texts")
     perplexity.add_argument("lm", type=Path, metavar="LM", help="ARPA file or KenLM binary")
     perplexity.add_argument("text", type=Path, nargs="+", metavar="TEXT", help="as for build")
     perplexity.add_argument("--sentences", action="store_true", help="also of each: perplexity, unknown words, text")
-    perplexity.add_argument("--characters", help="alphabet to normalise by (default: that of the configs)")
+    add_alphabet(perplexity)
     perplexity.set_defaults(call=_lm_perplexity, usage=perplexity.format_usage())
     download = commands.add_parser("download", help="a published model: LibriSpeech's, from openslr.org/11")
     download.add_argument("name", choices=LANGUAGE_MODELS)
@@ -541,44 +564,51 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     tune.set_defaults(call=_lm_tune, usage=tune.format_usage())
 
 
-def _lm_build(arguments: argparse.Namespace) -> int:
+def add_alphabet(parser: argparse.ArgumentParser) -> None:
+    """Options that say how text is normalised."""
+    parser.add_argument("--run", type=Path, metavar="DIR", help="normalise by the alphabet of this run")
+    parser.add_argument("--characters", help="or by this one (default: that of the configs)")
+
+
+def _alphabet(arguments: argparse.Namespace) -> "Vocabulary":
     from jaxds2.config import DataConfig
-    from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz
-    from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, build_ngram, read_sentences
     from jaxds2.text import Vocabulary
+
+    if arguments.run is None:
+        return Vocabulary(arguments.characters or DataConfig().characters)
+    if arguments.characters:
+        raise ConfigError("--run and --characters both say the alphabet; leave out one")
+    return Vocabulary(read_config(arguments.run / "config.json").data.characters)
+
+
+def _lm_build(arguments: argparse.Namespace) -> int:
+    from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz, is_installed
+    from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, build_ngram, read_text
 
     _must_exist(*arguments.text)
     if not MIN_ORDER <= arguments.order <= MAX_ORDER:
         raise ConfigError(f"--order {arguments.order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
-    vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
-    sentences = [vocabulary.normalize(s) for path in arguments.text for s in read_sentences(path)]
-    words = [word for sentence in sentences for word in sentence.split()]
-    if foreign := [word for word in words if vocabulary.unknown(word)]:
-        print(
-            f"warning: {len(foreign):,} of {len(words):,} words, {foreign[0]!r} first, have characters outside the "
-            f"alphabet {vocabulary.characters!r}, which no model over it can write; another is --characters",
-            file=sys.stderr,
-        )
+    text = read_text(arguments.text, _alphabet(arguments))
+    if remark := text.remark():
+        print(f"warning: {remark}", file=sys.stderr)
     estimate = estimate_by_lmplz if arguments.estimator == "lmplz" else build_ngram
-    lm = estimate(sentences, arguments.out, order=arguments.order, prune=arguments.prune)
+    lm = estimate(text.sentences, arguments.out, order=arguments.order, prune=arguments.prune)
     pruned = f", pruned {' '.join(map(str, arguments.prune))}" if arguments.prune else ""
-    print(f"wrote {lm}: {arguments.order}-grams of {len(sentences):,} sentences by {arguments.estimator}{pruned}")
-    if arguments.binary:
+    print(f"wrote {lm}: {arguments.order}-grams of {len(text.sentences):,} sentences by {arguments.estimator}{pruned}")
+    if is_installed("build_binary") if arguments.binary is None else arguments.binary:
         print(f"wrote {build_binary(lm)}")
     return 0
 
 
 def _lm_perplexity(arguments: argparse.Namespace) -> int:
-    from jaxds2.config import DataConfig
-    from jaxds2.decoding.lm import load_model, read_sentences
+    from jaxds2.decoding.lm import load_model, read_text
     from jaxds2.decoding.perplexity import perplexity
-    from jaxds2.text import Vocabulary
 
     _must_exist(arguments.lm, *arguments.text)
-    vocabulary = Vocabulary(arguments.characters or DataConfig().characters)
+    vocabulary = _alphabet(arguments)
     model = load_model(arguments.lm)
     for path in arguments.text:
-        corpus = perplexity(model, [vocabulary.normalize(s) for s in read_sentences(path)])
+        corpus = perplexity(model, read_text([path], vocabulary).sentences)
         for s in corpus.sentences if arguments.sentences else ():
             print(f"{s.perplexity:.2f}\t{s.unknown}\t{s.text}")
         print(f"{path}: {corpus.render()}")
@@ -684,7 +714,6 @@ def _transcribe(arguments: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--format {arguments.format} of {len(recordings)} recordings: write them to files with --out DIR"
             )
-        from jaxds2.decoding.decoder import make_decoder
         from jaxds2.inference.recognizer import Recognizer
         from jaxds2.inference.transcribe import transcribe_run
         from jaxds2.inference.windows import PAUSE_SECONDS
@@ -693,7 +722,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         failed = transcribe_run(
             recognizer,
             recordings,
-            make_decoder(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary),
+            _made(_decoder_choice(arguments, recognizer.vocabulary.characters), recognizer.vocabulary),
             forms=TRANSCRIPT_FORMATS if every else (arguments.format,),
             word_times=arguments.word_times,
             folder=arguments.out,

@@ -173,7 +173,8 @@ def test_a_model_of_another_alphabet_is_refused(lm, tmp_path):
 
 def test_a_few_foreign_words_are_left_out_and_counted(tmp_path):
     mixed = build_ngram(["one two three", "two café one"], tmp_path / "mixed.arpa")
-    assert beam(LETTERS, lm=mixed).settings["lm_words"] == 3
+    settings = beam(LETTERS, lm=mixed).settings
+    assert (settings["lm_words"], settings["lm_words_left_out"]) == (3, 1)
 
 
 def test_a_word_list_of_another_model_is_refused(lm, monkeypatch):

@@ -460,6 +460,8 @@ def test_wrong_use_is_two(run, tones, tmp_path, capfd):
     beam = [*arguments, "--decoder", "beam"]
     for option, value in (("--beam-width", "0"), ("--alpha", "nan"), ("--blank-threshold", "2"), ("--nbest", "-1")):
         fails(capfd, [*beam, option, value], 2, value, entry=cli.evaluate)
+    fails(capfd, [*beam, "--nbest", "0"], 2, "0 hypotheses: must be at least 1", entry=cli.evaluate)
+    fails(capfd, [*arguments, "--nbest", "2"], 2, "--nbest 2: greedy decoding has one", entry=cli.evaluate)
     fails(capfd, [*beam, "--lexicon", config], 2, "pyctcdecode has no lexicon", entry=cli.evaluate)
     fails(capfd, [*beam, "--hot-words", "a:x"], 2, "word:weight", entry=cli.evaluate)
     fails(capfd, [*arguments, "--decode-workers", "-1"], 2, "-1 decoding processes", entry=cli.evaluate)
@@ -622,3 +624,31 @@ def test_a_language_model_of_another_alphabet_is_warned_of(tmp_path, capfd):
     text.write_text("\u0434\u0430 yes\n" * 3, encoding="utf-8")
     assert cli.main(["lm", "build", str(text), "--order", "2", "--out", str(tmp_path / "lm.arpa")]) == 0
     assert "warning: 3 of 6 words, '\u0434\u0430' first, have characters outside the alphabet" in capfd.readouterr().err
+
+
+def test_a_language_model_is_normalised_by_the_alphabet_of_a_run(run, tones, tmp_path, capfd):
+    (tmp_path / "text.txt").write_text("A b d\n" * 3)
+    build = ["lm", "build", str(tmp_path / "text.txt"), "--run", str(run), "--out", str(tmp_path / "lm.arpa")]
+    assert cli.main(build) == 0
+    assert "warning: 3 of 9 words, 'd' first, have characters outside the alphabet 'abc '" in capfd.readouterr().err
+    fails(capfd, [*build, "--characters", "abc "], 2, "--run and --characters both say the alphabet")
+    fails(capfd, ["lm", "perplexity", tmp_path / "lm.arpa", tmp_path / "text.txt", "--run", tmp_path], 2, "config.json")
+    score = ["--run", str(run), "--manifest", str(tones / "dev.jsonl"), "--name", "left", "--no-html"]
+    assert cli.evaluate([*score, "--decoder", "beam", "--lm", build[-1]]) == 0
+    assert "lm.arpa: 1 of its 3 words are left out: the alphabet 'abc ' cannot spell them" in capfd.readouterr().err
+
+
+def test_the_binary_is_written_where_its_program_is(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "text.txt").write_text("a b\n" * 3)
+    build = ["lm", "build", str(tmp_path / "text.txt"), "--order", "2", "--out", str(tmp_path / "lm.arpa")]
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert cli.main(build) == 0
+    fails(capfd, [*build, "--binary"], 1, "build_binary is not on the PATH")
+    (tmp_path / "bin/build_binary").write_text('#!/bin/sh\n/bin/cp "$1" "$2"\n')
+    (tmp_path / "bin/build_binary").chmod(0o755)
+    assert cli.main([*build, "--no-binary"]) == 0
+    assert not (tmp_path / "lm.binary").exists()
+    assert cli.main(build) == 0
+    assert (tmp_path / "lm.binary").read_bytes() == (tmp_path / "lm.arpa").read_bytes()
+    assert f"wrote {tmp_path}/lm.binary" in capfd.readouterr().out

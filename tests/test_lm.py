@@ -10,9 +10,18 @@ import pytest
 
 from jaxds2.data.manifest import ManifestError, Utterance, write_manifest
 from jaxds2.decoding.kenlm_tools import build_binary, estimate_by_lmplz
-from jaxds2.decoding.lm import LMError, build_ngram, load_model, load_unigrams, read_sentences, vocabulary_path
+from jaxds2.decoding.lm import (
+    LMError,
+    build_ngram,
+    load_model,
+    load_unigrams,
+    read_sentences,
+    read_text,
+    vocabulary_path,
+)
 from jaxds2.decoding.perplexity import perplexity
 from jaxds2.files import WriteError
+from jaxds2.text import Vocabulary
 
 kenlm = pytest.importorskip("kenlm")
 pytest.importorskip("kaldingram")
@@ -133,6 +142,18 @@ def test_sentences_come_from_text_and_from_manifests(tmp_path):
         read_sentences(tmp_path / "b.txt")
 
 
+def test_text_is_normalised_and_the_words_that_the_alphabet_cannot_spell_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("One, two\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("caf\u00e9 one na\u00efve\n", encoding="utf-8")
+    letters = Vocabulary("abcdefghijklmnopqrstuvwxyz' ")
+    text = read_text([tmp_path / "a.txt", tmp_path / "b.txt"], letters)
+    assert text.sentences == ["one two", "caf\u00e9 one na\u00efve"]
+    assert (text.words, text.foreign) == (5, ["caf\u00e9", "na\u00efve"])
+    assert (text.remark() or "").startswith("2 of 5 words, 'caf\u00e9' first, have characters outside the alphabet ")
+    assert read_text([tmp_path / "a.txt"], letters).remark() is None
+
+
+@pytest.mark.parametrize("estimate", [build_ngram, estimate_by_lmplz])
 @pytest.mark.parametrize(
     ("sentences", "order", "message"),
     [
@@ -146,9 +167,9 @@ def test_sentences_come_from_text_and_from_manifests(tmp_path):
         (["a <s> b", "c"], 2, "holds <s>"),
     ],
 )
-def test_text_that_makes_no_model_is_refused(sentences, order, message, tmp_path):
+def test_text_that_makes_no_model_is_refused(sentences, order, message, estimate, tmp_path):
     with pytest.raises(LMError, match=message):
-        build_ngram(sentences, tmp_path / "lm.arpa", order=order)
+        estimate(sentences, tmp_path / "lm.arpa", order=order)
     assert not list(tmp_path.iterdir())
 
 

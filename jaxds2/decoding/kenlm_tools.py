@@ -1,6 +1,7 @@
 """KenLM's own programs, where they are on the machine: lmplz, which estimates, and build_binary.
 
-No wheel brings them; they are built from https://github.com/kpu/kenlm. They are used only where somebody asks.
+No wheel brings them; they are built from https://github.com/kpu/kenlm. lmplz is used only where somebody asks, since
+its models are others than those of `lm.build_ngram`; a binary is the same model once more.
 """
 
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, LMError, vocabulary_path
+from jaxds2.decoding.lm import MAX_ORDER, MIN_ORDER, LMError, check_text, vocabulary_path
 from jaxds2.files import replacing, write_whole
 
 
@@ -18,12 +19,13 @@ def estimate_by_lmplz(sentences: Iterable[str], out: Path, *, order: int, prune:
     """As `lm.build_ngram`, by lmplz: modified Kneser-Ney smoothing, three discounts per order (Heafield et al. 2013).
 
     Raises:
-      LMError: lmplz is not on the PATH, or refuses the text. WriteError: as build_ngram.
+      LMError: lmplz is not on the PATH, or refuses the text; `lm.check_text` does. WriteError: as build_ngram.
     """
     if not MIN_ORDER <= order <= MAX_ORDER:
         raise LMError(f"order {order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
     kept = [s for s in sentences if s.strip()]
-    words = sorted({word for s in kept for word in s.split()})
+    words = {word for s in kept for word in s.split()}
+    check_text(len(kept), max((len(s.split()) + 2 for s in kept), default=0), words, order)
     # Little text leaves no discounts to estimate; lmplz then takes these instead of giving up.
     command = ["--order", str(order), "--discount_fallback"]
     command += ["--prune", *map(str, prune)] if prune else []
@@ -31,7 +33,7 @@ def estimate_by_lmplz(sentences: Iterable[str], out: Path, *, order: int, prune:
         text.write("".join(f"{s}\n" for s in kept).encode())
         text.seek(0)
         _run("lmplz", [*command, "--arpa", str(partial)], stdin=text)
-    write_whole(vocabulary_path(out), "".join(f"{word}\n" for word in words))
+    write_whole(vocabulary_path(out), "".join(f"{word}\n" for word in sorted(words)))
     return out
 
 
@@ -45,6 +47,11 @@ def build_binary(arpa: Path) -> Path:
     with replacing(binary) as partial:
         _run("build_binary", [str(arpa), str(partial)])
     return binary
+
+
+def is_installed(program: str) -> bool:
+    """Is it on the PATH?"""
+    return shutil.which(program) is not None
 
 
 def _run(program: str, arguments: Sequence[str], stdin: IO[bytes] | int = subprocess.DEVNULL) -> None:

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,40 @@ def read_sentences(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise LMError(f"{path}: cannot be read as text ({_reason(e)})") from None
     return [line for line in lines if line.strip()]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sentences in the form that a language model wants them."""
+
+    sentences: list[str]
+    """Normalised."""
+    words: int
+    """In all of them."""
+    foreign: list[str]
+    """Those of the words that the alphabet cannot spell, as they come."""
+    characters: str
+    """The alphabet."""
+
+    def remark(self) -> str | None:
+        """A line on the foreign words; None: there are none."""
+        if not self.foreign:
+            return None
+        return (
+            f"{len(self.foreign):,} of {self.words:,} words, {self.foreign[0]!r} first, have characters outside the "
+            f"alphabet {self.characters!r}, which no model over it can write; another is --characters"
+        )
+
+
+def read_text(paths: Iterable[Path], vocabulary: Vocabulary) -> Text:
+    """The sentences of several texts or manifests, normalised by the alphabet.
+
+    Raises:
+      As read_sentences.
+    """
+    sentences = [vocabulary.normalize(s) for path in paths for s in read_sentences(path)]
+    words = [word for sentence in sentences for word in sentence.split()]
+    return Text(sentences, len(words), [word for word in words if vocabulary.unknown(word)], vocabulary.characters)
 
 
 def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: Sequence[int] = ()) -> Path:
@@ -102,18 +137,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: S
         words.update(tokens)
         num_sentences += 1
         longest = max(longest, len(tokens) + 2)
-    if num_sentences < 2:
-        raise LMError(
-            f"the text holds {num_sentences} sentence(s): a language model needs two or more, one a line "
-            f"(or a .jsonl manifest)"
-        )
-    if longest < order:
-        raise LMError(
-            f"order {order}: with its two ends the longest sentence makes {longest} tokens; use at most {longest}"
-        )
-    if reserved := sorted(words & _MARKS):
-        raise LMError(f"the text holds {reserved[0]}, which a language model keeps for itself: remove it")
-
+    check_text(num_sentences, longest, words, order)
     arpa = io.StringIO()
     stages = (
         partial(_set_discounts, counts),
@@ -131,6 +155,31 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: S
     write_whole(vocabulary_path(out), "".join(f"{word}\n" for word in sorted(words)))
     write_whole(out, _with_unknown(arpa.getvalue(), len(unigrams), unknown))
     return out
+
+
+def check_text(num_sentences: int, longest: int, words: AbstractSet[str], order: int) -> None:
+    """Refuse text that makes no model of this order.
+
+    Args:
+      num_sentences: that hold words.
+      longest: tokens of the longest one, its two ends among them.
+      words: all that come.
+      order: of the model.
+
+    Raises:
+      LMError: what build_ngram says of the sentences.
+    """
+    if num_sentences < 2:
+        raise LMError(
+            f"the text holds {num_sentences} sentence(s): a language model needs two or more, one a line "
+            f"(or a .jsonl manifest)"
+        )
+    if longest < order:
+        raise LMError(
+            f"order {order}: with its two ends the longest sentence makes {longest} tokens; use at most {longest}"
+        )
+    if reserved := sorted(words & _MARKS):
+        raise LMError(f"the text holds {reserved[0]}, which a language model keeps for itself: remove it")
 
 
 def _set_discounts(counts) -> None:
@@ -304,6 +353,7 @@ def open_model(path: Path, vocabulary: Vocabulary) -> WordModel:
     with path.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     described = {"lm": str(path), "lm_sha256": digest, "lm_order": model.order, "lm_words": len(known)}
+    described["lm_words_left_out"] = len(words) - len(known)
     return WordModel(path, model, known, described)
 
 
