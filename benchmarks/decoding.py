@@ -8,6 +8,12 @@ frames among blanks; of the characters some are in doubt and some are wrong beyo
 are chosen on a development part, with the default pruning; on real ones they are what the command line says. Speed and
 WER stand beside those of the first row, pyctcdecode with its default pruning where both are asked for: times as fast,
 and the difference in points with its paired interval of 95 % over utterances. One core each, by process time.
+
+Each row decodes all utterances, so a wide search takes minutes: pyctcdecode reads 0.8 of the made-up ones a second.
+`--backends`, `--prunings` and `--blank-thresholds` choose the rows; the others stand beside the first one. For the
+table of wide ones:
+
+    python benchmarks/decoding.py --prunings default wide --blank-thresholds no
 """
 
 import argparse
@@ -23,6 +29,7 @@ import numpy as np
 import side_by_side
 
 from jaxds2.data.shards import read_utterances
+from jaxds2.decoding.blanks import kept_frames
 from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
 from jaxds2.decoding.lm import WordModel, build_ngram, open_model
@@ -41,7 +48,7 @@ PRUNINGS = {
     "narrow": {"beam_width": 25},
     "wide": {"beam_width": 200, "beam_prune_logp": -20.0, "token_min_logp": -8.0},
 }
-BLANK = 0.999
+BLANK_THRESHOLDS = (None, 0.999)
 PACKAGES = ("pyctcdecode", "kenlm-ex", "flashlight-text", "ctc-beam-decoder")
 
 
@@ -119,6 +126,17 @@ def measure(choice: DecoderChoice, lm: WordModel, vocabulary: Vocabulary, log_pr
     return Score(errors_U, words_U, len(texts) / seconds)
 
 
+def threshold(text: str) -> float | None:
+    """Of the command line."""
+    return None if text == "no" else float(text)
+
+
+def searched(log_probs, blank: float | None) -> float:
+    """The share of the frames that a search sees, 0 to 1."""
+    kept = sum(len(x) if blank is None else len(kept_frames(x, blank)) for x in log_probs)
+    return kept / sum(map(len, log_probs))
+
+
 def difference(base: Score, other: Score) -> tuple[float, float, float]:
     """Points of WER that the other has more, and the ends of their paired interval."""
     columns_UK = np.stack([other.errors_U - base.errors_U, base.words_U], axis=1)
@@ -137,6 +155,15 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--beta", type=float, default=2.0)
     parser.add_argument("--prunings", nargs="+", choices=PRUNINGS, default=list(PRUNINGS), help="default: all")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
+    parser.add_argument(
+        "--blank-thresholds",
+        nargs="+",
+        type=threshold,
+        default=list(BLANK_THRESHOLDS),
+        metavar="no|P",
+        help="collapse blank frames beyond P; no: search every frame (default: no 0.999)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-cpu-decoding.json")
     arguments = parser.parse_args()
     rows = []
@@ -157,31 +184,46 @@ def main() -> None:
         weights = [(a, b) for a in ALPHAS for b in BETAS] if dev else [(arguments.alpha, arguments.beta)]
         greedy = measure(DecoderChoice(), lm, vocabulary, log_probs[dev:], refs[dev:])
         print(f"{len(refs) - dev} utterances; greedy: WER {greedy.wer:.2f} %, {greedy.speed:.0f} utterances/s\n")
-        head = ["back end", "alpha / beta", "pruning", "blanks collapsed", "WER, %", "more, points", "interval"]
+        head = [
+            "back end",
+            "alpha / beta",
+            "pruning",
+            "blanks collapsed",
+            "frames, %",
+            "WER, %",
+            "more, points",
+            "interval",
+        ]
         head += ["utterances/s", "times as fast"]
         print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
         base: Score | None = None
-        for backend in BACKENDS:
+        for backend in arguments.backends:
             try:
                 choices = [
                     DecoderChoice("beam", backend, lm=path, beam=BeamSettings(alpha=a, beta=b)) for a, b in weights
                 ]
                 tuned = [measure(c, lm, vocabulary, log_probs[:dev], refs[:dev]).wer if dev else 0.0 for c in choices]
             except DecoderError as e:
-                print(f"| {backend} | left out: {e} | | | | |")
+                print(f"| {backend} | left out: {e} |" + " |" * (len(head) - 2))
                 continue
             best = choices[int(np.argmin(tuned))]
-            for name, threshold in itertools.product(arguments.prunings, (None, BLANK)):
-                choice = replace(best, blank_threshold=threshold, beam=replace(best.beam, **PRUNINGS[name]))
+            for name, blank in itertools.product(arguments.prunings, arguments.blank_thresholds):
+                choice = replace(best, blank_threshold=blank, beam=replace(best.beam, **PRUNINGS[name]))
                 score = measure(choice, lm, vocabulary, log_probs[dev:], refs[dev:])
                 base = base or score
                 more, low, high = difference(base, score)
                 ratio = score.speed / base.speed
-                row = [backend, f"{best.beam.alpha:g} / {best.beam.beta:g}", name, str(threshold or "no")]
+                row = [backend, f"{best.beam.alpha:g} / {best.beam.beta:g}", name, str(blank or "no")]
                 record = {"backend": backend, **choice.beam.weights, **choice.beam.pruning}
-                record |= {"blank_threshold": threshold, "wer": score.wer, "utterances_per_second": score.speed}
+                record |= {
+                    "blank_threshold": blank,
+                    "frames": searched(log_probs[dev:], blank),
+                    "wer": score.wer,
+                    "utterances_per_second": score.speed,
+                }
                 record |= {"wer_more": more, "interval": [low, high], "times_as_fast": ratio}
                 rows.append(record)
+                row += [f"{100 * searched(log_probs[dev:], blank):.0f}"]
                 row += [f"{score.wer:.2f}", f"{more:+.2f}", f"{low:+.2f} to {high:+.2f}"]
                 row += [f"{score.speed:.1f}", f"{ratio:.2f}"]
                 print("| " + " | ".join(row) + " |", flush=True)

@@ -120,6 +120,15 @@ def test_decoders_are_compared_on_the_same_utterances(monkeypatch):
     assert decoding.difference(base, decoding.Score(worse_U + 1, words_U, 1.0)) == pytest.approx((10, 10, 10))
 
 
+def test_the_frames_that_a_search_sees_are_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    decoding = importlib.import_module("decoding")
+    probs_UV = np.full((4, 3), 1e-4)
+    probs_UV[range(4), [0, 0, 1, 0]] = 0.9998  # the second of two blanks says nothing new
+    assert decoding.searched([np.log(probs_UV)] * 2, decoding.threshold("0.99")) == 0.75
+    assert decoding.searched([np.log(probs_UV)], decoding.threshold("no")) == 1
+
+
 def test_a_delay_common_to_all_words_is_no_error_of_alignment(tmp_path, capsys):
     (tmp_path / "set.ctm").write_text("u A 0.100 0.200 turn\nu A 0.300 0.300 on_the\nv A 0.200 0.200 light\n")
     reference = alignment.read_ctm(tmp_path / "set.jsonl")
