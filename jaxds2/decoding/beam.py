@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,17 +68,12 @@ class BeamDecoder:
 
         self.vocabulary = vocabulary
         self._lm, self._nbest = lm, settings.nbest
-        # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more; a
-        # list of hypotheses would then hardly differ but at the end.
-        pruning = settings.pruning | {"prune_history": settings.nbest == 1}
-        self.settings: dict[str, Any] = {"name": "beam", "library": f"pyctcdecode {version('pyctcdecode')}"} | pruning
-        if lm:
-            self.settings |= lm.described | settings.weights | {"unknown_offset": UNKNOWN_OFFSET}
+        self.settings = described_search("pyctcdecode", settings, lm)
+        pruning = search_pruning(settings)
         scorer = _language_model(lm, **settings.weights) if lm else None
         decoder = BeamSearchDecoderCTC(Alphabet(["", *vocabulary.characters], is_bpe=False), scorer)
         if settings.hot_words:
             weights = dict(settings.hot_words)
-            self.settings["hot_words"] = weights
             self._search = partial(_decode_log_probs, decoder, hotword_scorer=_hot_word_scorer(weights), **pruning)
         else:
             self._search = partial(decoder.decode_beams, **pruning)
@@ -103,6 +97,23 @@ class BeamDecoder:
             described_beam(text, frames, acoustic, total, log_probs_UV, self.vocabulary, self._lm)
             for text, _, frames, acoustic, total in beams[: self._nbest]
         ]
+
+
+def search_pruning(settings: BeamSettings) -> dict[str, Any]:
+    """The pruning of pyctcdecode's search, by the names of its arguments."""
+    # Of prefixes with the same last words the best one is kept, since no n-gram can tell them apart any more; a
+    # list of hypotheses would then hardly differ but at the end.
+    return settings.pruning | {"prune_history": settings.nbest == 1}
+
+
+def described_search(package: str, settings: BeamSettings, lm: WordModel | None) -> dict[str, Any]:
+    """What decides the text of pyctcdecode's search, by whichever package, for a report."""
+    described = settings.described(package) | search_pruning(settings)
+    if lm:
+        described |= lm.described | settings.weights | {"unknown_offset": UNKNOWN_OFFSET}
+    if settings.hot_words:
+        described["hot_words"] = dict(settings.hot_words)
+    return described
 
 
 def described_beam(

@@ -7,7 +7,6 @@ scores the maximum over its alignments, not their sum: log P_path + alpha log P_
 import math
 import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,7 @@ class FlashlightDecoder:
 
         self.vocabulary = vocabulary
         self._lm, self._search = lm, settings
-        self.settings: dict[str, Any] = {"name": "beam", "library": f"flashlight-text {version('flashlight-text')}"}
-        self.settings |= settings.pruning
+        self.settings = settings.described("flashlight-text")
         words = read_lexicon(lexicon, vocabulary) if lexicon else lm.words if lm else []
         self._constrained = bool(words)
         if lm:

@@ -2,13 +2,12 @@
 
 import shlex
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from jaxds2.config import ConfigError
-from jaxds2.decoding.beam import UNKNOWN_OFFSET, described_beam
+from jaxds2.decoding.beam import UNKNOWN_OFFSET, described_beam, described_search, search_pruning
 from jaxds2.decoding.hypothesis import NOTHING, DecoderError, Hypothesis, check_log_probs
 from jaxds2.decoding.lm import WordModel, silence
 from jaxds2.decoding.settings import BeamSettings
@@ -46,12 +45,10 @@ class NativeBeamDecoder:
             )
         self.vocabulary = vocabulary
         self._lm, self._nbest = lm, settings.nbest
-        self._pruning = settings.pruning | {"prune_history": settings.nbest == 1}
-        self.settings: dict[str, Any] = {"name": "beam", "library": f"ctc-beam-decoder {version('ctc-beam-decoder')}"}
-        self.settings |= self._pruning
+        self.settings = described_search("ctc-beam-decoder", settings, lm)
+        self._pruning = search_pruning(settings)
         labels = ["", *vocabulary.characters]
         if lm:
-            self.settings |= lm.described | settings.weights | {"unknown_offset": UNKNOWN_OFFSET}
             with silence():
                 self._decoder = BeamSearchDecoder(
                     labels,
@@ -65,7 +62,6 @@ class NativeBeamDecoder:
             self._decoder = BeamSearchDecoder(labels)
         self._hot_words: dict[str, Any] = {}
         if settings.hot_words:
-            self.settings["hot_words"] = dict(settings.hot_words)
             self._hot_words = {"hotwords": [word for word, _ in settings.hot_words], "hotword_weight": weights.pop()}
 
     def __call__(self, log_probs_UV: np.ndarray) -> list[Hypothesis]:

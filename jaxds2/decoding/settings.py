@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from jaxds2.config import ConfigError
@@ -42,6 +43,10 @@ class BeamSettings:
             raise ConfigError(f"alpha {self.alpha}, beta {self.beta}: alpha must be 0 or more, both finite")
         if self.nbest < 1:
             raise ConfigError(f"{self.nbest} hypotheses: must be at least 1")
+
+    def described(self, package: str) -> dict[str, Any]:
+        """What every back end says of itself in a report: its package, with the version, and the pruning."""
+        return {"name": "beam", "library": f"{package} {version(package)}"} | self.pruning
 
     @property
     def weights(self) -> dict[str, float]:
