@@ -1,13 +1,15 @@
 """Decoders side by side: word error rate and utterances a second of every back end that is installed, by its pruning.
 
     python benchmarks/decoding.py                                       # made-up log-probabilities
-    python benchmarks/decoding.py --logprobs runs/an4/eval/an4-test-greedy --lm runs/an4/lm.arpa --beta 2
+    python benchmarks/decoding.py --logprobs runs/an4-*/eval/lp --lm lm.arpa --tuned runs/an4-dev
 
 The made-up ones are of a seeded language of 2,000 words: 27 words an utterance, each character a peak of one or two
 frames among blanks; of the characters some are in doubt and some are wrong beyond doubt. There each back end's weights
-are chosen on a development part, with the default pruning; on real ones they are what the command line says. Speed and
-WER stand beside those of the first row, pyctcdecode with its default pruning where both are asked for: times as fast,
-and the difference in points with its paired interval of 95 % over utterances. One core each, by process time.
+are chosen on a development part, with the default pruning. Real ones are of one model or of several, all on the same
+manifest; weights are what the command line says, or `--tuned RUN`: what `jaxds2 lm tune` found for each back end with
+RUN, pruning too. Speed and WER stand beside those of the first row, pyctcdecode with its default pruning where both are
+asked for: times as fast, and the difference in points with its paired interval of 95 %. Intervals are over speakers, as
+those of eval.py, or utterances. One core each, by process time.
 
 Each row decodes all utterances, so a wide search takes minutes: pyctcdecode reads 0.8 of the made-up ones a second.
 `--backends`, `--prunings` and `--blank-thresholds` choose the rows; the others stand beside the first one. For the
@@ -22,8 +24,10 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import side_by_side
@@ -34,9 +38,10 @@ from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
 from jaxds2.decoding.lm import WordModel, build_ngram, open_model
 from jaxds2.decoding.settings import BeamSettings
-from jaxds2.evaluation.logprobs import read_log_probs
+from jaxds2.decoding.tuned import read_tuned
+from jaxds2.evaluation.logprobs import check_same, read_log_probs
 from jaxds2.evaluation.metrics import align_words, count_alignment
-from jaxds2.evaluation.significance import percentile_interval, resample, resampling_units
+from jaxds2.evaluation.significance import Units, percentile_interval, resample, resampling_units
 from jaxds2.text import Vocabulary
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz' "
@@ -102,28 +107,80 @@ def speak(text: str, vocabulary: Vocabulary, rng: np.random.Generator) -> np.nda
 class Score:
     """Of one decoder."""
 
-    errors_U: np.ndarray
-    """Of each utterance."""
+    errors_UM: np.ndarray
+    """Of each utterance as each model hears it."""
     words_U: np.ndarray
     """Of its reference."""
+    units: Units
+    """Over which intervals are."""
     speed: float
     """Utterances a second of one core."""
 
     @property
+    def wers(self) -> list[float]:
+        """Of each model, in percent."""
+        return (100 * self.errors_UM.sum(axis=0) / self.words_U.sum()).tolist()
+
+    @property
     def wer(self) -> float:
-        """In percent."""
-        return 100 * float(self.errors_U.sum() / self.words_U.sum())
+        """The mean of the models."""
+        return float(np.mean(self.wers))
+
+    def interval(self, base: "Score | None" = None) -> tuple[float, float]:
+        """Of the WER, or of what it has more than the base, in points."""
+        errors_UM = self.errors_UM if base is None else self.errors_UM - base.errors_UM
+        sums_RK = resample(np.stack([errors_UM.sum(axis=1), self.words_U], axis=1), self.units)
+        return percentile_interval(100 * sums_RK[:, 0] / (sums_RK[:, 1] * errors_UM.shape[1]))
 
 
-def measure(choice: DecoderChoice, lm: WordModel, vocabulary: Vocabulary, log_probs, refs) -> Score:
+@dataclass(frozen=True)
+class Material:
+    """What is decoded."""
+
+    refs: list[str]
+    log_probs: list[list[np.ndarray]]
+    """Of each model, of each reference, (U, V)."""
+    units: Units
+
+    def part(self, rows: slice) -> "Material":
+        """Some of the utterances."""
+        units = resampling_units([None] * len(self.refs[rows]))
+        return Material(self.refs[rows], [model[rows] for model in self.log_probs], units)
+
+
+def make_up(utterances: int, lm: Path) -> tuple[Vocabulary, Material]:
+    """Of the seeded language, whose 3-gram is written to `lm`."""
+    rng = np.random.default_rng(0)
+    vocabulary, language = Vocabulary(CHARACTERS), Language(rng)
+    build_ngram([language.sentence() for _ in range(6_000)], lm)
+    refs = [language.sentence() for _ in range(utterances)]
+    log_probs = [speak(ref, vocabulary, rng) for ref in refs]
+    return vocabulary, Material(refs, [log_probs], resampling_units([None] * len(refs)))
+
+
+def read_real(folders: list[Path]) -> tuple[Vocabulary, Material]:
+    """What eval.py --save-logprobs kept, of one manifest."""
+    models = [read_log_probs(folder) for folder in folders]
+    first = models[0]
+    for folder, model in zip(folders, models, strict=True):
+        same = {"characters": first.characters, "ids": first.ids, "manifest_sha256": first.manifest_sha256}
+        check_same(model, **same, where=str(folder))
+    vocabulary, utterances = Vocabulary(first.characters), read_utterances(Path(first.manifest))
+    refs = [vocabulary.normalize(u.text) for u in utterances]
+    units = resampling_units([u.speaker for u in utterances])
+    return vocabulary, Material(refs, [list(model.log_probs) for model in models], units)
+
+
+def measure(choice: DecoderChoice, lm: WordModel | None, vocabulary: Vocabulary, material: Material) -> Score:
     """Decode and count."""
     decode = make_decoder(choice, vocabulary, lm)
     start = time.process_time()
-    texts = [decode(log_probs_UV)[0].text for log_probs_UV in log_probs]
+    texts = [[decode(log_probs_UV)[0].text for log_probs_UV in model] for model in material.log_probs]
     seconds = time.process_time() - start
-    counts = [count_alignment(pairs) for pairs in align_words(refs, texts)]
-    errors_U, words_U = np.array([c.errors for c in counts]), np.array([c.reference for c in counts])
-    return Score(errors_U, words_U, len(texts) / seconds)
+    counts = [[count_alignment(pairs) for pairs in align_words(material.refs, hyps)] for hyps in texts]
+    errors_UM = np.array([[c.errors for c in model] for model in counts]).T
+    words_U = np.array([c.reference for c in counts[0]])
+    return Score(errors_UM, words_U, material.units, errors_UM.size / seconds)
 
 
 def threshold(text: str) -> float | None:
@@ -131,18 +188,53 @@ def threshold(text: str) -> float | None:
     return None if text == "no" else float(text)
 
 
-def searched(log_probs, blank: float | None) -> float:
+def searched(material: Material, blank: float | None) -> float:
     """The share of the frames that a search sees, 0 to 1."""
-    kept = sum(len(x) if blank is None else len(kept_frames(x, blank)) for x in log_probs)
-    return kept / sum(map(len, log_probs))
+    frames = list(itertools.chain.from_iterable(material.log_probs))
+    return sum(len(x) if blank is None else len(kept_frames(x, blank)) for x in frames) / sum(map(len, frames))
 
 
-def difference(base: Score, other: Score) -> tuple[float, float, float]:
-    """Points of WER that the other has more, and the ends of their paired interval."""
-    columns_UK = np.stack([other.errors_U - base.errors_U, base.words_U], axis=1)
-    sums_RK = resample(columns_UK, resampling_units([None] * len(columns_UK)))
-    low, high = percentile_interval(100 * sums_RK[:, 0] / sums_RK[:, 1])
-    return other.wer - base.wer, low, high
+def searches(arguments: argparse.Namespace, best: DecoderChoice) -> Iterator[tuple[str, DecoderChoice]]:
+    """The rows of a back end, with the name of their pruning."""
+    if arguments.tuned:
+        yield "tuned", best
+        return
+    for name, blank in itertools.product(arguments.prunings, arguments.blank_thresholds):
+        yield name, replace(best, blank_threshold=blank, beam=replace(best.beam, **PRUNINGS[name]))
+
+
+def candidates(arguments: argparse.Namespace, backend: str, lm: Path) -> list[DecoderChoice]:
+    """What may be the best weights of a back end: all of a grid for made-up material, else one pair."""
+    weights = [(arguments.alpha, arguments.beta)]
+    if arguments.tuned:
+        entry = read_tuned(arguments.tuned).get(backend)
+        if entry is None:
+            raise DecoderError(f"{arguments.tuned}: no settings for it; jaxds2 lm tune --backend {backend}")
+        settings = entry["settings"]
+        beam = BeamSettings(**{name: value for name, value in settings.items() if name != "blank_threshold"})
+        return [DecoderChoice("beam", backend, lm=lm, blank_threshold=settings["blank_threshold"], beam=beam)]
+    if not arguments.logprobs:
+        weights = list(itertools.product(ALPHAS, BETAS))
+    return [DecoderChoice("beam", backend, lm=lm, beam=BeamSettings(alpha=a, beta=b)) for a, b in weights]
+
+
+HEAD = ("back end", "alpha / beta", "beam, prune, token", "blanks collapsed", "frames, %", "WER, %", "interval")
+HEAD += ("of each model", "more, points", "interval", "utterances/s", "times as fast")
+
+
+def row(name: str, choice: DecoderChoice, score: Score, base: Score, seen: float) -> tuple[list[str], dict[str, Any]]:
+    """A line of the table, and the same for JSON."""
+    beam, interval, more = choice.beam, score.interval(), score.interval(base)
+    record: dict[str, Any] = {"backend": choice.backend, **beam.weights, **beam.pruning}
+    record |= {"blank_threshold": choice.blank_threshold, "frames": seen}
+    record |= {"wer": score.wer, "wer_interval": interval, "wers": score.wers, "wer_more": score.wer - base.wer}
+    record |= {"interval": more, "utterances_per_second": score.speed, "times_as_fast": score.speed / base.speed}
+    cells = [choice.backend, f"{beam.alpha:g} / {beam.beta:g}"]
+    cells += [f"{name}: {beam.beam_width}, {beam.beam_prune_logp:g}, {beam.token_min_logp:g}"]
+    cells += [str(choice.blank_threshold or "no"), f"{100 * seen:.0f}", f"{score.wer:.2f}"]
+    cells += ["{:.2f} to {:.2f}".format(*interval), ", ".join(f"{wer:.2f}" for wer in score.wers)]
+    cells += [f"{score.wer - base.wer:+.2f}", "{:+.2f} to {:+.2f}".format(*more)]
+    return [*cells, f"{score.speed:.1f}", f"{score.speed / base.speed:.2f}"], record
 
 
 def main() -> None:
@@ -150,10 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=300, help="made up to be measured (default: 300)")
     parser.add_argument("--dev", type=int, default=30, help="made up to choose weights on (default: 30)")
-    parser.add_argument("--logprobs", type=Path, metavar="EVAL_DIR", help="real ones, as eval.py --save-logprobs kept")
+    parser.add_argument(
+        "--logprobs", type=Path, nargs="+", metavar="EVAL_DIR", help="real ones, as eval.py --save-logprobs kept"
+    )
     parser.add_argument("--lm", type=Path, help="for real ones")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--tuned", type=Path, metavar="RUN", help="settings of each back end, by jaxds2 lm tune")
     parser.add_argument("--prunings", nargs="+", choices=PRUNINGS, default=list(PRUNINGS), help="default: all")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
     parser.add_argument(
@@ -166,74 +261,52 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-cpu-decoding.json")
     arguments = parser.parse_args()
+    if arguments.logprobs and not arguments.lm:
+        parser.error("--logprobs needs --lm, a language model of the same words")
+    if arguments.tuned and not arguments.logprobs:
+        parser.error("--tuned goes with --logprobs; the weights of made-up ones are chosen here")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        lm_path = arguments.lm if arguments.logprobs else Path(folder) / "lm.arpa"
         if arguments.logprobs:
-            saved = read_log_probs(arguments.logprobs)
-            vocabulary = Vocabulary(saved.characters)
-            refs = [vocabulary.normalize(u.text) for u in read_utterances(Path(saved.manifest))]
-            log_probs, path, dev = list(saved.log_probs), arguments.lm, 0
+            vocabulary, material = read_real(arguments.logprobs)
+            dev = material
         else:
-            rng = np.random.default_rng(0)
-            vocabulary, language = Vocabulary(CHARACTERS), Language(rng)
-            path = build_ngram([language.sentence() for _ in range(6_000)], Path(folder) / "lm.arpa")
-            dev = arguments.dev
-            refs = [language.sentence() for _ in range(dev + arguments.utterances)]
-            log_probs = [speak(ref, vocabulary, rng) for ref in refs]
-        lm = open_model(path, vocabulary)
-        weights = [(a, b) for a in ALPHAS for b in BETAS] if dev else [(arguments.alpha, arguments.beta)]
-        greedy = measure(DecoderChoice(), lm, vocabulary, log_probs[dev:], refs[dev:])
-        print(f"{len(refs) - dev} utterances; greedy: WER {greedy.wer:.2f} %, {greedy.speed:.0f} utterances/s\n")
-        head = [
-            "back end",
-            "alpha / beta",
-            "pruning",
-            "blanks collapsed",
-            "frames, %",
-            "WER, %",
-            "more, points",
-            "interval",
-        ]
-        head += ["utterances/s", "times as fast"]
-        print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
+            vocabulary, both = make_up(arguments.dev + arguments.utterances, lm_path)
+            dev, material = both.part(slice(arguments.dev)), both.part(slice(arguments.dev, None))
+        lm = open_model(lm_path, vocabulary)
+        greedy = measure(DecoderChoice(), None, vocabulary, material)
+        wers, interval = ", ".join(f"{wer:.2f}" for wer in greedy.wers), "{:.2f} to {:.2f}".format(*greedy.interval())
+        print(f"{greedy.errors_UM.size} utterances, intervals over {material.units.count} {material.units.kind}")
+        print(f"greedy: WER {greedy.wer:.2f} % ({interval}), of each model {wers}; {greedy.speed:.0f} utterances/s\n")
+        print(f"| {' | '.join(HEAD)} |\n" + "|---" * len(HEAD) + "|")
         base: Score | None = None
         for backend in arguments.backends:
             try:
-                choices = [
-                    DecoderChoice("beam", backend, lm=path, beam=BeamSettings(alpha=a, beta=b)) for a, b in weights
-                ]
-                tuned = [measure(c, lm, vocabulary, log_probs[:dev], refs[:dev]).wer if dev else 0.0 for c in choices]
+                choices = candidates(arguments, backend, lm_path)
+                make_decoder(choices[0], vocabulary, lm)
             except DecoderError as e:
-                print(f"| {backend} | left out: {e} |" + " |" * (len(head) - 2))
+                print(f"| {backend} | left out: {e} |" + " |" * (len(HEAD) - 2))
                 continue
-            best = choices[int(np.argmin(tuned))]
-            for name, blank in itertools.product(arguments.prunings, arguments.blank_thresholds):
-                choice = replace(best, blank_threshold=blank, beam=replace(best.beam, **PRUNINGS[name]))
-                score = measure(choice, lm, vocabulary, log_probs[dev:], refs[dev:])
+            tuned = [measure(c, lm, vocabulary, dev).wer for c in choices] if len(choices) > 1 else [0.0]
+            for name, choice in searches(arguments, choices[int(np.argmin(tuned))]):
+                score = measure(choice, lm, vocabulary, material)
                 base = base or score
-                more, low, high = difference(base, score)
-                ratio = score.speed / base.speed
-                row = [backend, f"{best.beam.alpha:g} / {best.beam.beta:g}", name, str(blank or "no")]
-                record = {"backend": backend, **choice.beam.weights, **choice.beam.pruning}
-                record |= {
-                    "blank_threshold": blank,
-                    "frames": searched(log_probs[dev:], blank),
-                    "wer": score.wer,
-                    "utterances_per_second": score.speed,
-                }
-                record |= {"wer_more": more, "interval": [low, high], "times_as_fast": ratio}
+                cells, record = row(name, choice, score, base, searched(material, choice.blank_threshold))
                 rows.append(record)
-                row += [f"{100 * searched(log_probs[dev:], blank):.0f}"]
-                row += [f"{score.wer:.2f}", f"{more:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-                row += [f"{score.speed:.1f}", f"{ratio:.2f}"]
-                print("| " + " | ".join(row) + " |", flush=True)
+                print("| " + " | ".join(cells) + " |", flush=True)
     path = arguments.json or side_by_side.RESULTS / f"{datetime.date.today().isoformat()}-cpu-decoding.json"
     content = {
         "benchmark": "decoding",
         "log_probs": "real" if arguments.logprobs else "made up",
-        "utterances": len(refs) - dev,
+        "utterances": greedy.errors_UM.size,
         "versions": side_by_side.versions(PACKAGES),
-        "greedy": {"wer": greedy.wer, "utterances_per_second": greedy.speed},
+        "greedy": {
+            "wer": greedy.wer,
+            "wer_interval": greedy.interval(),
+            "wers": greedy.wers,
+            "utterances_per_second": greedy.speed,
+        },
         "rows": rows,
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

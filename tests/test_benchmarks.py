@@ -1,5 +1,6 @@
 """The benchmarks run, name every column and leave their numbers as JSON."""
 
+import argparse
 import importlib
 import json
 import os
@@ -19,6 +20,9 @@ import side_by_side
 
 from jaxds2.compiler import compiler_options
 from jaxds2.decoding.alignment import Span
+from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.decoding.tuned import defaults, write_tuned
+from jaxds2.evaluation.significance import resampling_units
 
 ERRORS = ("error", "gradient error", "h", "da", "db", "dgate", "dcandidate")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -112,12 +116,38 @@ def test_a_benchmark_without_its_peers_names_the_extra_and_prints_our_column(tmp
 def test_decoders_are_compared_on_the_same_utterances(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     decoding = importlib.import_module("decoding")
-    words_U = np.full(50, 10)
-    worse_U = np.arange(50) % 5
-    base = decoding.Score(worse_U, words_U, 1.0)
-    assert decoding.difference(base, base) == (0, 0, 0)
+    units, words_U = resampling_units([None] * 50), np.full(50, 10)
+    worse_UM = np.stack([np.arange(50) % 5, np.full(50, 2)], axis=1)
+    base = decoding.Score(worse_UM, words_U, units, 1.0)
+    assert base.wers == [20, 20]
+    assert base.wer == 20
+    assert base.interval(base) == (0, 0)
     # One error more in each utterance is exactly that in any sample of them; unpaired it would not be.
-    assert decoding.difference(base, decoding.Score(worse_U + 1, words_U, 1.0)) == pytest.approx((10, 10, 10))
+    other = decoding.Score(worse_UM + 1, words_U, units, 1.0)
+    assert other.interval(base) == pytest.approx((10, 10))
+    low, high = other.interval()
+    assert 20 < low < 30 < high < 40
+    # The models hear the same utterances, which are drawn together: two that err alike are no more evidence than one.
+    alike = decoding.Score(worse_UM[:, [0, 0]], words_U, units, 1.0)
+    assert alike.interval() == decoding.Score(worse_UM[:, :1], words_U, units, 1.0).interval()
+
+
+def test_tuned_settings_of_each_back_end_are_taken(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    decoding = importlib.import_module("decoding")
+    found = defaults() | {"alpha": 0.375, "beta": 2.5, "beam_width": 25, "blank_threshold": 0.99}
+    write_tuned(tmp_path, "pyctcdecode", {"lm_sha256": "0", "settings": found})
+    arguments = argparse.Namespace(tuned=tmp_path, logprobs=[tmp_path], alpha=1.0, beta=0.0)
+    (choice,) = decoding.candidates(arguments, "pyctcdecode", tmp_path / "lm.arpa")
+    assert (choice.beam.alpha, choice.beam.beta, choice.beam.beam_width, choice.blank_threshold) == (
+        0.375,
+        2.5,
+        25,
+        0.99,
+    )
+    assert list(decoding.searches(arguments, choice)) == [("tuned", choice)]
+    with pytest.raises(DecoderError, match="lm tune --backend flashlight"):
+        decoding.candidates(arguments, "flashlight", tmp_path / "lm.arpa")
 
 
 def test_the_frames_that_a_search_sees_are_counted(monkeypatch):
@@ -125,8 +155,9 @@ def test_the_frames_that_a_search_sees_are_counted(monkeypatch):
     decoding = importlib.import_module("decoding")
     probs_UV = np.full((4, 3), 1e-4)
     probs_UV[range(4), [0, 0, 1, 0]] = 0.9998  # the second of two blanks says nothing new
-    assert decoding.searched([np.log(probs_UV)] * 2, decoding.threshold("0.99")) == 0.75
-    assert decoding.searched([np.log(probs_UV)], decoding.threshold("no")) == 1
+    material = decoding.Material(["a"], [[np.log(probs_UV)], [np.log(probs_UV)]], resampling_units([None]))
+    assert decoding.searched(material, decoding.threshold("0.99")) == 0.75
+    assert decoding.searched(material, decoding.threshold("no")) == 1
 
 
 def test_a_delay_common_to_all_words_is_no_error_of_alignment(tmp_path, capsys):
