@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     except OSError as e:
         remedy = "; make room, then run the same command again" if lacks_room(e) else ""
         raise WriteError(f"{path}: cannot be written ({e.strerror or e}){remedy}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work whether its files can be written: into a folder that is there, or is to be made.
+
+    Args:
+      folder: it is left as it is.
+
+    Raises:
+      WriteError: the system refuses.
+    """
+    try:
+        place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as e:
+        raise WriteError(f"{folder}: cannot be written ({e.strerror or e})") from None
 
 
 def sync(path: Path) -> None:

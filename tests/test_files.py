@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxds2.files import WriteError, replacing, write_whole
+from jaxds2.files import WriteError, check_writable, replacing, write_whole
 
 
 def refusal(path: Path, data: str | bytes = "new") -> str:
@@ -136,6 +136,16 @@ def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_the_file_are_refus
     assert "(Not a directory)" in refusal(tmp_path / "file/deeper/new.txt")
     assert "(Is a directory)" in refusal(tmp_path / "folder")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "not/there"):
+        check_writable(folder)
+    for folder in (tmp_path / "file", tmp_path / "file/deeper"):
+        with pytest.raises(WriteError, match=rf"^{folder}: cannot be written \(Not a directory\)$"):
+            check_writable(folder)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,13 +1,19 @@
 import json
 import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from jaxds2.config import Config
+from jaxds2.decoding.hypothesis import Decoder
 from jaxds2.evaluation.breakdown import score_utterances
-from jaxds2.evaluation.report import replaced, write_report
+from jaxds2.evaluation.logprobs import LogProbs
+from jaxds2.evaluation.report import replaced, score_log_probs, score_run, write_report
 from jaxds2.files import WriteError
+from jaxds2.inference.recognizer import Recognizer
+from jaxds2.inference.transcribe import transcribe_run
 
 METADATA = {
     "rtfx": 12.5,
@@ -211,3 +217,15 @@ def test_what_this_score_has_not_is_not_left_from_the_one_before(tmp_path):
     assert names(tmp_path) == sorted([*FILES, "hyp.ctm", "report.html"])
     write_report(tmp_path, scored(), times={IDS[0]: []}, **METADATA)  # not of every utterance
     assert names(tmp_path) == FILES
+
+
+def test_where_nothing_can_be_written_nothing_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    folder, nothing = tmp_path / "file/x", cast(Any, None)  # whatever is touched of it is an AttributeError
+    with pytest.raises(WriteError, match="file/x: cannot be written"):
+        score_run(cast(Recognizer, nothing), Path("gone.jsonl"), cast(Decoder, nothing), folder=folder)
+    saved, config, decoder = cast(LogProbs, nothing), cast(Config, nothing), cast(Decoder, nothing)
+    with pytest.raises(WriteError, match="file/x: cannot be written"):
+        score_log_probs(saved, tmp_path, config, decoder, manifest=Path("gone"), folder=folder, run_dir=tmp_path)
+    with pytest.raises(WriteError, match="file/x: cannot be written"):
+        transcribe_run(cast(Recognizer, nothing), [], cast(Decoder, nothing), folder=folder)

@@ -34,7 +34,7 @@ from jaxds2.evaluation.metrics import sum_edits
 from jaxds2.evaluation.page import Posteriors, build_page, collect_media, read_curve
 from jaxds2.evaluation.sclite import Words, format_ctm, format_stm, format_trn
 from jaxds2.evaluation.significance import LEVEL, REPLICATES, SEED, rate_intervals, resampling_units
-from jaxds2.files import write_whole
+from jaxds2.files import check_writable, write_whole
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
 from jaxds2.text import Vocabulary
 
@@ -80,8 +80,11 @@ def score_run(
 
     Raises:
       ManifestError, ShardError: a bad manifest. EvaluationError: a recording that cannot be scored.
-      HostsError: the processes were started on different things. WriteError: as write_report.
+      HostsError: the processes were started on different things.
+      WriteError: as write_report; that nothing can be written there at all is found out before the work begins.
     """
+    if jax.process_index() == 0:
+        check_writable(folder)
     scored = _Scored.read(manifest, recognizer.config, recognizer.vocabulary, page=page)
     if line := replaced(folder, decoder.settings, recognizer.step):
         print(line, file=sys.stderr)
@@ -156,6 +159,7 @@ def score_log_probs(
     Raises:
       LogProbsError: they are of another alphabet or another manifest. The rest as score_run.
     """
+    check_writable(folder)
     scored = _Scored.read(manifest, config, Vocabulary(saved.characters), page=page)
     ids = [u.id for u in scored.utterances]
     check_same(saved, characters=config.data.characters, ids=ids, manifest_sha256=scored.digest, where=str(where))

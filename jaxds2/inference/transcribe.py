@@ -14,7 +14,7 @@ from jaxds2.data.manifest import Utterance
 from jaxds2.data.pipeline import filler_batch
 from jaxds2.data.plan import Bucket
 from jaxds2.decoding.hypothesis import Decode, Hypothesis
-from jaxds2.files import write_whole
+from jaxds2.files import check_writable, write_whole
 from jaxds2.inference.formats import render
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
 from jaxds2.inference.recordings import Recording
@@ -58,8 +58,10 @@ def transcribe_run(
       How many recordings have no transcript, the faults included.
 
     Raises:
-      WriteError: a file cannot be written.
+      WriteError: a file cannot be written; that none can be is found out before the work begins.
     """
+    if folder is not None:
+        check_writable(folder)
     for line in faults:
         _report(line)
     if folder is not None:
