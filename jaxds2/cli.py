@@ -532,8 +532,7 @@ def add_lm(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--estimator",
         choices=("kaldingram", "lmplz"),
-        default="kaldingram",
-        help="lmplz: KenLM's program, which has to be on the PATH (default: kaldingram, the same file everywhere)",
+        help="lmplz: KenLM's program; kaldingram: the same file everywhere (default: lmplz where it is on the PATH)",
     )
     build.add_argument(
         "--binary",
@@ -591,10 +590,11 @@ def _lm_build(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.text, _alphabet(arguments))
     if remark := text.remark():
         print(f"warning: {remark}", file=sys.stderr)
-    estimate = estimate_by_lmplz if arguments.estimator == "lmplz" else build_ngram
+    estimator = arguments.estimator or ("lmplz" if is_installed("lmplz") else "kaldingram")
+    estimate = estimate_by_lmplz if estimator == "lmplz" else build_ngram
     lm = estimate(text.sentences, arguments.out, order=arguments.order, prune=arguments.prune)
     pruned = f", pruned {' '.join(map(str, arguments.prune))}" if arguments.prune else ""
-    print(f"wrote {lm}: {arguments.order}-grams of {len(text.sentences):,} sentences by {arguments.estimator}{pruned}")
+    print(f"wrote {lm}: {arguments.order}-grams of {len(text.sentences):,} sentences by {estimator}{pruned}")
     if is_installed("build_binary") if arguments.binary is None else arguments.binary:
         print(f"wrote {build_binary(lm)}")
     return 0

@@ -638,6 +638,23 @@ def test_a_language_model_is_normalised_by_the_alphabet_of_a_run(run, tones, tmp
     assert "lm.arpa: 1 of its 3 words are left out: the alphabet 'abc ' cannot spell them" in capfd.readouterr().err
 
 
+def test_lmplz_estimates_where_it_is_on_the_path(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "text.txt").write_text("a b\n" * 3)
+    build = ["lm", "build", str(tmp_path / "text.txt"), "--order", "2", "--out", str(tmp_path / "lm.arpa")]
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
+    fails(capfd, [*build, "--estimator", "lmplz"], 1, "lmplz is not on the PATH")
+    assert cli.main(build) == 0
+    assert "2-grams of 3 sentences by kaldingram" in capfd.readouterr().out
+    (tmp_path / "bin/lmplz").write_text('#!/bin/sh\nfor last; do :; done; /bin/cat > "$last"\n')
+    (tmp_path / "bin/lmplz").chmod(0o755)
+    assert cli.main(build) == 0
+    assert "2-grams of 3 sentences by lmplz" in capfd.readouterr().out
+    assert (tmp_path / "lm.arpa").read_text() == "a b\n" * 3
+    assert cli.main([*build, "--estimator", "kaldingram"]) == 0
+    assert "ngram 1=" in (tmp_path / "lm.arpa").read_text()
+
+
 def test_the_binary_is_written_where_its_program_is(tmp_path, monkeypatch, capfd):
     (tmp_path / "bin").mkdir()
     (tmp_path / "text.txt").write_text("a b\n" * 3)

@@ -100,8 +100,7 @@ def build_ngram(sentences: Iterable[str], out: Path, *, order: int = 3, prune: S
     are discounted too, and what that frees goes to `<unk>`: so the model sums to 1 after every history and an unknown
     word has a probability. Where counts leave no usable D, it is 0.5.
 
-    KenLM's lmplz is faster and models a little better, but no wheel brings it: it is not used even where it is there,
-    unless somebody asks (`kenlm_tools`).
+    KenLM's lmplz (`kenlm_tools`) is faster and models a little better, but no wheel brings it.
 
     Args:
       sentences: normalised text; words are what white space separates, blank sentences are left out.
