@@ -1,14 +1,18 @@
 """Cutting: nothing that sounds is lost, nothing comes twice, and it takes no more memory for a longer recording."""
 
+import dataclasses
 import tracemalloc
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxds2.inference.windows import Grid, Window, cut
+from jaxds2.config import FeatureConfig
+from jaxds2.features import FIXED_STD, log_mel
+from jaxds2.inference.windows import DEAD_DB, Grid, Window, cut
 
 STRIDE = 10
 LOUD, QUIET = 8000, 20
@@ -91,22 +95,44 @@ def test_a_pause_parts_stretches_and_less_than_a_pause_does_not(runs):
     assert all(a < border < b for border, (a, b) in zip(borders, inside, strict=True))
 
 
-def test_digital_silence_is_in_no_margin():
+DEAD = (0, 7)
+"""Amplitudes, of digital silence and of the loudest that counts as such."""
+
+
+@pytest.mark.parametrize("dead", DEAD)
+def test_dead_silence_is_in_no_margin(dead):
     grid = Grid(STRIDE, window=70, overlap=4, search=10, pause=9, border=5, margin=2)
-    noise_S = recording([1, 40])
-    noise_S[: 1 * STRIDE] = 0
-    waveform_S = np.concatenate([np.zeros(300, np.int16), noise_S, np.zeros(300, np.int16)])
-    (window,) = cut([waveform_S], grid)
-    np.testing.assert_array_equal(window.waveform_S, noise_S[STRIDE:])
-    assert not list(cut([np.zeros(5000, np.int16)], grid))
+    noise_S = recording([0, 40])
+    silence_S = np.full(300, dead, np.int16)
+    (window,) = cut([np.concatenate([silence_S, noise_S, silence_S])], grid)
+    np.testing.assert_array_equal(window.waveform_S, noise_S)
+    assert not list(cut([np.full(5000, dead, np.int16)], grid))
 
 
+@pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize(("frames", "stretches"), [(5, 1), (6, 2), (9, 2)])
-def test_digital_silence_parts_stretches_sooner_than_a_pause(frames, stretches):
+def test_dead_silence_parts_stretches_sooner_than_a_pause(frames, stretches, dead):
     grid = Grid(STRIDE, window=90, overlap=4, search=10, pause=9, border=5, margin=2)
     waveform_S = recording([20, 30, frames, 30, 20])
-    waveform_S[50 * STRIDE : (50 + frames) * STRIDE] = 0
+    waveform_S[50 * STRIDE : (50 + frames) * STRIDE] = dead
     assert sum(w.last for w in cut([waveform_S], grid)) == stretches
+
+
+def test_dead_silence_is_what_the_features_hardly_hear():
+    features = FeatureConfig()
+    noise_S = 10 ** (DEAD_DB / 20) * np.random.default_rng(0).standard_normal(160_000) / 32768
+    lengths_B, fixed = jnp.array([noise_S.size]), dataclasses.replace(features, normalize="fixed")
+    heard, nothing = (
+        float(log_mel(jnp.asarray(x[None], jnp.float32), lengths_B, fixed)[0].mean()) for x in (noise_S, 0 * noise_S)
+    )
+    assert FIXED_STD * (heard - nothing) == pytest.approx(np.log(1.25), abs=0.03)
+
+
+def test_noise_that_outlasts_what_is_looked_at_around_is_silent_still():
+    grid = Grid(STRIDE, window=70, overlap=4, search=10, pause=9, border=5, margin=2)
+    windows = list(cut([recording([30, 40, 3000, 40, 30])], grid))
+    assert [w.last for w in windows] == [True, True]
+    assert max(len(w.waveform_S) for w in windows) <= (40 + 2 * grid.margin) * STRIDE
 
 
 def test_memory_does_not_grow_with_the_length():

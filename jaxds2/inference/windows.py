@@ -17,8 +17,8 @@ from jaxds2.inference.recognizer import frame_seconds
 WINDOW_SECONDS = 30.0
 """The longest that the model is given of a long recording; a recording that is no longer is not cut."""
 PAUSE_SECONDS = 0.4
-"""Silence that is longer than this ends a stretch; of digital silence, which no microphone records and no model has
-learnt from, BORDER_SECONDS are enough."""
+"""Silence that is longer than this ends a stretch; of dead silence, which no model has learnt from, BORDER_SECONDS are
+enough."""
 BORDER_SECONDS = 0.25
 """Silence that is longer than this parts words: more than the closure of a stop inside a word, 0.05 to 0.15 s."""
 MARGIN_SECONDS = 0.15
@@ -35,7 +35,11 @@ ABOVE_FLOOR = 0.25
 ABOVE_FLOOR_DB = (3.0, 12.0)
 """but at least and at most so far above the floor: a quiet voice beside a loud one is no silence."""
 RANGE_DB = 6.0
-"""Where floor and top are nearer, there is no telling speech from noise, and only digital silence is silent."""
+"""Where floor and top are nearer, there is no telling speech from noise, and silent is what was silent before."""
+DEAD_DB = 17.5
+"""Silence is dead up to this level: digital, behind a noise gate, or so faint that the features, which add LOG_OFFSET
+to the mel power, hardly tell it from digital silence. White noise of this level adds a quarter of the offset to each
+bin. Dead silence is in no margin: it would shift the mean of a stretch (docs/numerics.md)."""
 
 _SMOOTH = 5
 """Frames over which a quiet place is looked for."""
@@ -138,9 +142,10 @@ def cut(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
       grid: where it may be cut.
 
     Yields:
-      Windows of at most `grid.window` frames; none of a recording that is digital silence all through.
+      Windows of at most `grid.window` frames; none of a recording that is dead silence all through.
     """
     ahead = _Ahead(blocks, grid.stride)
+    threshold = DEAD_DB
     position = stretch = part = 0  # what lies before `position` is done with; in the middle of a stretch if part > 0
     while True:
         around = position - 2 * grid.window, position + 2 * grid.window
@@ -148,21 +153,22 @@ def cut(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
         levels_U = ahead.levels(position, around[1])
         if not len(levels_U):
             return
-        loud_N = position + np.flatnonzero(levels_U > _threshold(ahead.levels(*around)))
+        threshold = _threshold(ahead.levels(*around), before=threshold)
+        loud_N = position + np.flatnonzero(levels_U > threshold)
         if part:
             loud_N, start, first = np.append(position, loud_N), position, position - grid.overlap
         elif len(loud_N):
             loud = int(loud_N[0])
             before_U = ahead.levels(max(position, loud - grid.margin), loud)
-            start = first = loud - _audible(before_U[::-1])
+            start = first = loud - _alive(before_U[::-1])
         else:
             position += max(1, len(levels_U) - grid.margin)
             continue
         silent_N = np.diff(loud_N) - 1
-        digital_N = np.diff(np.cumsum(levels_U == 0)[loud_N - position])
-        gaps_N = np.flatnonzero((silent_N > grid.pause) | (digital_N > grid.border))
+        dead_N = np.diff(np.cumsum(levels_U <= DEAD_DB)[loud_N - position])
+        gaps_N = np.flatnonzero((silent_N > grid.pause) | (dead_N > grid.border))
         end = int(loud_N[gaps_N[0]] if len(gaps_N) else loud_N[-1]) + 1
-        stop = end + _audible(levels_U[end - position : end - position + grid.margin])
+        stop = end + _alive(levels_U[end - position : end - position + grid.margin])
         last = stop - first <= grid.window
         if last:
             waveform_S, kept_to, position = ahead.samples(first, stop), None, stop
@@ -175,17 +181,18 @@ def cut(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
         stretch, part = (stretch + 1, 0) if last else (stretch, part + 1)
 
 
-def _threshold(levels_U: np.ndarray) -> float:
+def _threshold(levels_U: np.ndarray, *, before: float) -> float:
+    """The level up to which a frame is silent, of those around it; `before`: that of the frames before."""
     floor, top = np.percentile(levels_U, [FLOOR, TOP])
     if top - floor < RANGE_DB:
-        return 0.0
-    return float(floor + np.clip(ABOVE_FLOOR * (top - floor), *ABOVE_FLOOR_DB))
+        return before
+    return max(DEAD_DB, float(floor + np.clip(ABOVE_FLOOR * (top - floor), *ABOVE_FLOOR_DB)))
 
 
-def _audible(levels_U: np.ndarray) -> int:
-    """How many frames there are before the first of digital silence."""
-    digital_N = np.flatnonzero(levels_U == 0)
-    return int(digital_N[0]) if len(digital_N) else len(levels_U)
+def _alive(levels_U: np.ndarray) -> int:
+    """How many frames there are before the first of dead silence."""
+    dead_N = np.flatnonzero(levels_U <= DEAD_DB)
+    return int(dead_N[0]) if len(dead_N) else len(levels_U)
 
 
 def _quietest(ahead: _Ahead, start: int, count: int) -> int:
