@@ -1,10 +1,12 @@
 """A file of an hour against its utterances one by one: word errors, memory, time.
 
     python benchmarks/long_file.py --run runs/an4 --test data/an4/test.jsonl
+    python benchmarks/long_file.py --run runs/an4 --test data/an4/dev.jsonl --minutes 0.3 --files 40
 
 The utterances of a test set, shuffled anew each time round, follow each other with pauses of 0.3 to 2 s until the file
-is long enough. Between them is digital silence, or noise of each level in --noise, as a quiet room has it. The peak of
-resident memory is that of `jaxds2 transcribe` on the file, in a process of its own.
+is long enough. Between them is digital silence, or noise of each level in --noise, as a quiet room has it. With --files
+it is many files; those of up to 30 s are given to the model whole where they hold no long pause. The peak of resident
+memory is that of `jaxds2 transcribe` on the files, in a process of its own.
 """
 
 import argparse
@@ -39,7 +41,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
     parser.add_argument("--checkpoint", default="best")
     parser.add_argument("--test", type=Path, required=True, help="manifest, or a folder of shards")
-    parser.add_argument("--minutes", type=float, default=60.0, help="default: 60")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of a file (default: 60)")
+    parser.add_argument("--files", type=int, default=1, help="default: 1")
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[0, 3, 30], help="standard deviations in the pauses, of 32768"
     )
@@ -53,15 +56,18 @@ def main() -> None:
     print("".join(f"{name:>13}" for name in header))
     for noise in arguments.noise:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "long.wav")
-            order = write_long(path, utterances, arguments.minutes * 60, noise, recognizer.config.features.sample_rate)
-            text, peak_mib, seconds = transcribe(arguments.run, arguments.checkpoint, path)
-        refs = [alone.refs[i] for i in order]
-        one_by_one = count_word_edits(refs, [alone.hyps[i] for i in order])
-        in_one = count_word_edits([" ".join(refs)], [text])
+            paths = [Path(folder, f"{number}.wav") for number in range(arguments.files)]
+            length, rate = arguments.minutes * 60, recognizer.config.features.sample_rate
+            orders = [write_long(path, utterances, length, noise, rate, SEED + n) for n, path in enumerate(paths)]
+            texts, peak_mib, seconds = transcribe(arguments.run, arguments.checkpoint, paths)
+        one_by_one = count_word_edits(
+            [alone.refs[i] for order in orders for i in order], [alone.hyps[i] for order in orders for i in order]
+        )
+        in_one = count_word_edits([" ".join(alone.refs[i] for i in order) for order in orders], texts)
         row = {
             "noise": noise,
             "minutes": arguments.minutes,
+            "files": arguments.files,
             "words": one_by_one.reference,
             "wer_alone": wer(one_by_one),
             "wer_file": wer(in_one),
@@ -72,7 +78,7 @@ def main() -> None:
         figures[f"noise {noise:g}"] = row
         name = f"noise {noise:g}" if noise else "silence"
         print(
-            f"{name:>13}{arguments.minutes:>13.0f}{row['words']:>13}{row['wer_alone']:>13.2f}{row['wer_file']:>13.2f}"
+            f"{name:>13}{arguments.minutes:>13g}{row['words']:>13}{row['wer_alone']:>13.2f}{row['wer_file']:>13.2f}"
             f"{row['points']:>+13.2f}{peak_mib:>13.0f}{seconds:>13.1f}",
             flush=True,
         )
@@ -86,9 +92,11 @@ def wer(edits: EditCounts) -> float:
     return 100 * (edits.insertions + edits.deletions + edits.substitutions) / edits.reference
 
 
-def write_long(path: Path, utterances: Sequence[Utterance], seconds: float, noise: float, rate: int) -> list[int]:
+def write_long(
+    path: Path, utterances: Sequence[Utterance], seconds: float, noise: float, rate: int, seed: int
+) -> list[int]:
     """Write the file, a WAV, and return which utterances it holds, in their order; it ends with a whole one."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     order: list[int] = []
     written = 0
     recordings = Recordings()
@@ -109,24 +117,16 @@ def write_long(path: Path, utterances: Sequence[Utterance], seconds: float, nois
     return order
 
 
-def transcribe(run: Path, checkpoint: str, path: Path) -> tuple[str, float, float]:
-    """Text, MiB at the peak and seconds of the command."""
-    command = [
-        sys.executable,
-        __file__,
-        "--one",
-        "transcribe",
-        "--run",
-        str(run),
-        "--checkpoint",
-        checkpoint,
-        str(path),
-    ]
+def transcribe(run: Path, checkpoint: str, paths: Sequence[Path]) -> tuple[list[str], float, float]:
+    """Text of each file, MiB at the peak and seconds of the command."""
+    out = paths[0].parent / "texts"
+    command = [sys.executable, __file__, "--one", "transcribe", "--run", str(run), "--checkpoint", checkpoint]
     start = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--out", str(out), *map(str, paths)], stdout=subprocess.PIPE, text=True, check=True
+    )
     seconds = time.perf_counter() - start
-    text, peak = done.stdout.splitlines()
-    return text, float(peak), seconds
+    return [(out / f"{path.stem}.txt").read_text().strip() for path in paths], float(done.stdout), seconds
 
 
 def one(arguments: Sequence[str]) -> int:

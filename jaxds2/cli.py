@@ -691,7 +691,10 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--word-times", action="store_true", help="times of each word; srt, vtt: a cue a word")
     parser.add_argument(
-        "--pause", type=float, metavar="SECONDS", help="of silence, cuts a file over 30 s (default: 0.4; 0.2 to 5)"
+        "--pause",
+        type=float,
+        metavar="SECONDS",
+        help="of silence, parts a file over 30 s or with 0.8 s of silence inside (default: 0.4; 0.2 to 5)",
     )
     parser.set_defaults(call=_transcribe, usage=parser.format_usage())
 

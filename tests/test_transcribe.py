@@ -17,7 +17,7 @@ from jaxds2.inference import transcribe as module
 from jaxds2.inference.recognizer import Recognizer, frame_seconds, output_frames
 from jaxds2.inference.transcribe import transcribe
 from jaxds2.inference.transcript import decode_stretch
-from jaxds2.inference.windows import Grid
+from jaxds2.inference.windows import LONG_PAUSE_SECONDS, Grid
 from jaxds2.text import Vocabulary
 
 CONFIG = Config("fake", data=DataConfig(characters="abcd ", batch_seconds=60.0), training=TrainingConfig(steps=1))
@@ -113,6 +113,21 @@ def test_long_files_share_batches_of_few_shapes_and_are_told_apart(tmp_path):
     assert len(recognizer.shapes) <= 1 + module.HALVINGS
     assert all(rows * samples <= 60.0 * 16_000 for rows, samples in recognizer.shapes)
     assert 0 < found[0].silence < found[0].duration
+
+
+def test_a_short_file_is_given_whole_unless_it_holds_a_long_pause(tmp_path, monkeypatch):
+    rng, whole = np.random.default_rng(2), []
+    monkeypatch.setattr(module, "_short", lambda _, utterances, decode: iter(whole.extend(utterances) or ()))
+    long_pause = round(LONG_PAUSE_SECONDS / frame_seconds(CONFIG))
+    for name, silent in (("plain", long_pause), ("paused", long_pause + 1)):
+        around = np.full(2 * long_pause, SILENT)
+        class_U = np.concatenate([around, speech(rng, 200), np.full(silent, SILENT), speech(rng, 200), around])
+        path = tmp_path / f"{name}.wav"
+        write(path, class_U)
+        (transcript,) = transcribe(fake(class_U), [path], GreedyDecoder(VOCABULARY))
+        assert ([u.audio_filepath for u in whole] == [path]) == (name == "plain")
+        assert bool(transcript.text) == (name == "paused")
+        whole.clear()
 
 
 def test_damage_in_the_middle_of_a_long_file_spares_the_others(tmp_path, monkeypatch):

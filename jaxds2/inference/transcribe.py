@@ -19,7 +19,7 @@ from jaxds2.inference.formats import render
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
 from jaxds2.inference.recordings import Recording
 from jaxds2.inference.transcript import Transcript, decode_stretch, join
-from jaxds2.inference.windows import PAUSE_SECONDS, WINDOW_SECONDS, Grid, Window, cut
+from jaxds2.inference.windows import LONG_PAUSE_SECONDS, PAUSE_SECONDS, WINDOW_SECONDS, Grid, Window, cut, holds_pause
 
 HALVINGS = 3
 """Windows have this many static shapes below the longest, each half as long as the next."""
@@ -119,14 +119,15 @@ def transcribe(
 ) -> list[Transcript]:
     """Transcribe files of any rate, channel count and format that libsndfile reads, several at a time.
 
-    A file of up to WINDOW_SECONDS is one utterance. A longer one is cut where it is silent (windows.cut), and only some
-    windows of it are ever in memory. A file that cannot be read does not keep the others from coming out.
+    A file of up to WINDOW_SECONDS without a long pause is one utterance. Any other is cut where it is silent
+    (windows.cut), and only some windows of it are ever in memory. A file that cannot be read does not keep the others
+    from coming out.
 
     Args:
       recognizer: the model and its weights.
       paths: audio files; the transcripts come in this order.
       decode: log-probabilities to hypotheses; of a long file the best of each stretch of speech is taken.
-      pause: seconds of silence that part the stretches of a long file.
+      pause: seconds of silence that part the stretches of a file that is cut.
       progress: show a bar.
       keep: called with each file's position and its transcript, as soon as that is there.
     """
@@ -139,14 +140,15 @@ def transcribe(
         transcripts[position] = dataclasses.replace(transcripts[position], **found)
         keep(position, transcripts[position])
 
-    for position, path in enumerate(tqdm(paths, "read headers", leave=False, delay=2, disable=None)):
+    rate, pauses = config.features.sample_rate, Grid.of(config, max(pause, LONG_PAUSE_SECONDS))
+    for position, path in enumerate(tqdm(paths, "look for pauses", leave=False, delay=2, disable=None)):
         try:
             duration = probe_audio(path, streamed=True).duration
         except AudioError as e:
             finish(position, error=str(e))
             continue
         transcripts[position] = dataclasses.replace(transcripts[position], duration=duration)
-        if duration > WINDOW_SECONDS:
+        if duration > WINDOW_SECONDS or _holds_pause(path, rate, pauses):
             long.append(position)
         else:
             short.append(Utterance(id=str(position), audio_filepath=path, duration=duration, text=""))
@@ -159,6 +161,13 @@ def transcribe(
         for position, found in _Long(recognizer, decode, Grid.of(config, pause), bar.update).transcribe(files):
             finish(position, **found)
     return transcripts
+
+
+def _holds_pause(path: Path, rate: int, grid: Grid) -> bool:
+    try:
+        return holds_pause(read_blocks(path, sample_rate=rate), grid)
+    except AudioError:
+        return False  # which is said where the file is read to be transcribed
 
 
 def _short(recognizer: Recognizer, utterances: Sequence[Utterance], decode: Decode) -> Iterator[tuple[int, dict]]:

@@ -6,6 +6,7 @@ sound between two pauses is an utterance of its own (docs/numerics.md has what t
 between output frames of the whole recording, so that frames of a stretch's windows are joined frame by frame.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,10 @@ from jaxds2.config import Config
 from jaxds2.inference.recognizer import frame_seconds
 
 WINDOW_SECONDS = 30.0
-"""The longest that the model is given of a long recording; a recording that is no longer is not cut."""
+"""The longest that the model is given. A recording that is no longer is given whole, unless it holds a long pause."""
+LONG_PAUSE_SECONDS = 0.8
+"""Silence inside a recording of any length with which it is cut: longer than utterances hold, which are read as
+eval.py reads them (docs/numerics.md)."""
 PAUSE_SECONDS = 0.4
 """Silence that is longer than this ends a stretch; of dead silence, which no model has learnt from, BORDER_SECONDS are
 enough."""
@@ -179,6 +183,16 @@ def cut(blocks: Iterable[np.ndarray], grid: Grid) -> Iterator[Window]:
         borders = tuple(middles_N[(middles_N > start) & (middles_N < min(position, end))].tolist())
         yield Window(waveform_S, first, (start - first, kept_to), stretch, part, last, borders)
         stretch, part = (stretch + 1, 0) if last else (stretch, part + 1)
+
+
+def holds_pause(blocks: Iterable[np.ndarray], grid: Grid) -> bool:
+    """Whether sound goes on after a silence of more than `grid.pause`, dead or not.
+
+    Args:
+      blocks: int16, as for cut.
+      grid: where it may be cut.
+    """
+    return any(window.stretch > 0 for window in cut(blocks, dataclasses.replace(grid, border=grid.pause)))
 
 
 def _threshold(levels_U: np.ndarray, *, before: float) -> float:
