@@ -694,7 +694,7 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
         "--pause",
         type=float,
         metavar="SECONDS",
-        help="of silence, parts a file over 30 s or with 0.8 s of silence inside (default: 0.4; 0.2 to 5)",
+        help="of silence, parts a file over 30 s or with 1.2 s of silence inside (default: 0.4; 0.2 to 5)",
     )
     parser.set_defaults(call=_transcribe, usage=parser.format_usage())
 

@@ -17,9 +17,9 @@ from jaxds2.inference.recognizer import frame_seconds
 
 WINDOW_SECONDS = 30.0
 """The longest that the model is given. A recording that is no longer is given whole, unless it holds a long pause."""
-LONG_PAUSE_SECONDS = 0.8
-"""Silence inside a recording of any length with which it is cut: longer than utterances hold, which are read as
-eval.py reads them (docs/numerics.md)."""
+LONG_PAUSE_SECONDS = 1.2
+"""Silence inside a recording of any length with which it is cut: longer than nearly all utterances hold, so that those
+are read as eval.py reads them (docs/numerics.md)."""
 PAUSE_SECONDS = 0.4
 """Silence that is longer than this ends a stretch; of dead silence, which no model has learnt from, BORDER_SECONDS are
 enough."""
