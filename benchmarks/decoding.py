@@ -25,7 +25,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from jaxds2.decoding.settings import BeamSettings
 from jaxds2.decoding.tuned import read_tuned
 from jaxds2.evaluation.logprobs import check_same, read_log_probs
 from jaxds2.evaluation.metrics import align_words, count_alignment
+from jaxds2.evaluation.sclite import format_trn
 from jaxds2.evaluation.significance import Units, percentile_interval, resample, resampling_units
 from jaxds2.text import Vocabulary
 
@@ -115,6 +116,8 @@ class Score:
     """Over which intervals are."""
     speed: float
     """Utterances a second of one core."""
+    hyps: list[list[str]] = field(default_factory=list)
+    """Of each model."""
 
     @property
     def wers(self) -> list[float]:
@@ -180,7 +183,15 @@ def measure(choice: DecoderChoice, lm: WordModel | None, vocabulary: Vocabulary,
     counts = [[count_alignment(pairs) for pairs in align_words(material.refs, hyps)] for hyps in texts]
     errors_UM = np.array([[c.errors for c in model] for model in counts]).T
     words_U = np.array([c.reference for c in counts[0]])
-    return Score(errors_UM, words_U, material.units, errors_UM.size / seconds)
+    return Score(errors_UM, words_U, material.units, errors_UM.size / seconds, texts)
+
+
+def write_trn(folder: Path | None, name: str, texts: list[str]) -> None:
+    """One text of each utterance as sclite reads it; None: nowhere."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = [f"utt{number:03}" for number in range(len(texts))]
+        (folder / f"{name}.trn").write_text(format_trn(ids, [None] * len(ids), texts), encoding="utf-8")
 
 
 def threshold(text: str) -> float | None:
@@ -259,6 +270,7 @@ def main() -> None:
         metavar="no|P",
         help="collapse blank frames beyond P; no: search every frame (default: no 0.999)",
     )
+    parser.add_argument("--trn", type=Path, metavar="DIR", help="also write the texts of the first model for sclite")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-cpu-decoding.json")
     arguments = parser.parse_args()
     if arguments.logprobs and not arguments.lm:
@@ -276,6 +288,8 @@ def main() -> None:
             dev, material = both.part(slice(arguments.dev)), both.part(slice(arguments.dev, None))
         lm = open_model(lm_path, vocabulary)
         greedy = measure(DecoderChoice(), None, vocabulary, material)
+        write_trn(arguments.trn, "ref", material.refs)
+        write_trn(arguments.trn, "greedy", greedy.hyps[0])
         wers, interval = ", ".join(f"{wer:.2f}" for wer in greedy.wers), "{:.2f} to {:.2f}".format(*greedy.interval())
         print(f"{greedy.errors_UM.size} utterances, intervals over {material.units.count} {material.units.kind}")
         print(f"greedy: WER {greedy.wer:.2f} % ({interval}), of each model {wers}; {greedy.speed:.0f} utterances/s\n")
@@ -292,6 +306,7 @@ def main() -> None:
             for name, choice in searches(arguments, choices[int(np.argmin(tuned))]):
                 score = measure(choice, lm, vocabulary, material)
                 base = base or score
+                write_trn(arguments.trn, f"{backend}-{name}", score.hyps[0])
                 cells, record = row(name, choice, score, base, searched(material, choice.blank_threshold))
                 rows.append(record)
                 print("| " + " | ".join(cells) + " |", flush=True)

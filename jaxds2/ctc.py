@@ -74,7 +74,7 @@ def ctc_loss(
             blank_id=BLANK_ID,
         )
     else:
-        if labels_BN.shape[1] == 0:  # a batch without labels: the scan wants a column all the same
+        if labels_BN.shape[1] == 0:  # a batch without labels: the loop wants a column all the same
             labels_BN = jnp.pad(labels_BN, ((0, 0), (0, 1)))
         loss_B = _fused(logits_BUV, logit_lengths_B, labels_BN, label_lengths_B)
     return jnp.where(ok_B, jnp.maximum(loss_B, 0.0), 0.0)

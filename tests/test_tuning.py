@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxds2.config import Config, DataConfig, TrainingConfig
 from jaxds2.decoding.decoder import DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
 from jaxds2.decoding.lm import build_ngram
@@ -15,6 +17,7 @@ from jaxds2.decoding.tuned import SETTINGS, defaults, settle, unused, write_tune
 from jaxds2.evaluation import tuning
 from jaxds2.evaluation.metrics import count_word_edits
 from jaxds2.evaluation.tuning import Point, TuningError, draw_surface, refuse_test_sets, tune
+from jaxds2.files import WriteError
 from jaxds2.text import Vocabulary
 
 pytest.importorskip("kenlm")
@@ -185,6 +188,17 @@ def test_a_damaged_file_is_refused(content, an4, run):
     (run / "decoding.json").write_text(content)
     with pytest.raises(DecoderError, match=r"decoding\.json: .*; delete it or tune again"):
         settle({}, run, "pyctcdecode", an4[3])
+
+
+def test_no_search_is_begun_whose_result_cannot_be_kept(an4, tmp_path):
+    _, _, vocabulary, lm = an4
+    config = Config("tone", DataConfig(characters=vocabulary.characters), training=TrainingConfig(steps=1))
+    settings: dict[str, Any] = {"lm": lm, "backend": "pyctcdecode", "blank_threshold": None, "checkpoint": "best"}
+    (tmp_path / "decoding.json").write_text("{")
+    with pytest.raises(DecoderError, match="delete it or tune again"):
+        tuning.tune_run(tmp_path, config, tmp_path / "dev.jsonl", **settings)
+    with pytest.raises(WriteError, match=r"lm\.arpa/run: cannot be written"):
+        tuning.tune_run(lm / "run", config, tmp_path / "dev.jsonl", **settings)
 
 
 def test_the_defaults_are_the_settings_own():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxds2.config import FeatureConfig
 from jaxds2.features import FIXED_STD, log_mel
-from jaxds2.inference.windows import DEAD_DB, Grid, Window, cut
+from jaxds2.inference.windows import DEAD_DB, Grid, Window, cut, holds_pause
 
 STRIDE = 10
 LOUD, QUIET = 8000, 20
@@ -116,6 +116,16 @@ def test_dead_silence_parts_stretches_sooner_than_a_pause(frames, stretches, dea
     waveform_S = recording([20, 30, frames, 30, 20])
     waveform_S[50 * STRIDE : (50 + frames) * STRIDE] = dead
     assert sum(w.last for w in cut([waveform_S], grid)) == stretches
+
+
+@pytest.mark.parametrize("dead", [*DEAD, None])
+@pytest.mark.parametrize(("frames", "held"), [(6, False), (9, False), (10, True)])
+def test_a_pause_is_held_whatever_silence_it_is(frames, held, dead):
+    grid = Grid(STRIDE, window=90, overlap=4, search=10, pause=9, border=5, margin=2)
+    waveform_S = recording([20, 30, frames, 30, 20])
+    if dead is not None:
+        waveform_S[50 * STRIDE : (50 + frames) * STRIDE] = dead
+    assert holds_pause([waveform_S], grid) is held
 
 
 def test_dead_silence_is_what_the_features_hardly_hear():

@@ -19,11 +19,11 @@ from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.decoding.lm import open_model
 from jaxds2.decoding.pool import open_pool
 from jaxds2.decoding.settings import BeamSettings
-from jaxds2.decoding.tuned import SETTINGS, write_tuned
+from jaxds2.decoding.tuned import SETTINGS, read_tuned, write_tuned
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.evaluation.logprobs import check_same, read_log_probs
 from jaxds2.evaluation.metrics import count_character_edits, count_word_edits
-from jaxds2.files import write_whole
+from jaxds2.files import check_writable, write_whole
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.text import Vocabulary
 
@@ -239,7 +239,10 @@ def tune_run(
             f"was held out"
         )
     choice = DecoderChoice("beam", backend, lm=lm, blank_threshold=blank_threshold)
-    make_decoder(choice, vocabulary)  # before the model is run for nothing
+    # Before a search for nothing: can it be made, and its result be written beside those that are there?
+    make_decoder(choice, vocabulary)
+    check_writable(run_dir)
+    read_tuned(run_dir)
     utterances = read_utterances(manifest)
     digest = hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest()
     if saved:

@@ -141,7 +141,8 @@ def transcribe(
         keep(position, transcripts[position])
 
     rate, pauses = config.features.sample_rate, Grid.of(config, max(pause, LONG_PAUSE_SECONDS))
-    for position, path in enumerate(tqdm(paths, "look for pauses", leave=False, delay=2, disable=None)):
+    hidden = None if progress else True
+    for position, path in enumerate(tqdm(paths, "look for pauses", leave=False, delay=2, disable=hidden)):
         try:
             duration = probe_audio(path, streamed=True).duration
         except AudioError as e:
@@ -153,7 +154,7 @@ def transcribe(
         else:
             short.append(Utterance(id=str(position), audio_filepath=path, duration=duration, text=""))
     total = sum(t.duration for t in transcripts if t.error is None)
-    with tqdm(total=round(total), desc="transcribe", unit="s", leave=False, disable=None if progress else True) as bar:
+    with tqdm(total=round(total), desc="transcribe", unit="s", leave=False, disable=hidden) as bar:
         for position, found in _short(recognizer, short, decode):
             finish(position, **found)
             bar.update(round(transcripts[position].duration))
