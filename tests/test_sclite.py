@@ -24,6 +24,18 @@ def test_counts_and_alignments_equal_those_of_sclite(system):
     assert dict(zip(refs, align_words(list(refs.values()), [hyps[i] for i in refs]), strict=True)) == alignments
 
 
+@pytest.mark.parametrize("system", ["greedy", "pyctcdecode-default"])
+def test_counts_on_the_made_up_set_equal_those_of_sclite(system):
+    """That of benchmarks/decoding.py: a third of greedy's words are wrong."""
+    refs, hyps = read_trn(GOLDEN / "made-up-ref.trn"), read_trn(GOLDEN / f"made-up-{system}.trn")
+    ours = count_word_edits(list(refs.values()), [hyps[i] for i in refs])
+    theirs = read_sum(GOLDEN / f"made-up-{system}.trn.raw")
+    assert theirs["utterances"] == len(refs) == 300
+    assert (ours.reference, ours.substitutions, ours.deletions, ours.insertions) == tuple(
+        theirs[name] for name in ("words", "substitutions", "deletions", "insertions")
+    )
+
+
 def test_a_line_of_trn_is_the_text_and_speaker_and_id():
     assert format_trn(IDS, SPEAKERS, REFS).splitlines() == [
         "the cat sat (anna.b-utt%202)",
