@@ -83,7 +83,8 @@ def test_how_many_settings_are_as_good_is_said(tuned):
     equal = sum(p.cost == tuned.best.cost for p in tuned.points)
     assert equal > 1
     assert tuned.render().endswith(
-        f"\n{equal} of them are as good: the middle of such weights is taken, then the cheapest pruning"
+        f" {tuned.best.character_errors} in their characters ({len(tuned.points)} settings tried)\n"
+        f"{equal} of them are as good in both: the middle of such weights is taken, then the cheapest pruning"
     )
     assert "as good" not in replace(tuned, points=[tuned.best]).render()
 

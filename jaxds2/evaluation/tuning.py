@@ -84,12 +84,13 @@ class Tuning:
         lines.append(
             f"best: alpha {best.alpha:g}, beta {best.beta:g}, beam width {best.beam_width}, beam_prune_logp "
             f"{best.beam_prune_logp:g}, token_min_logp {best.token_min_logp:g}: "
-            f"{self.best.word_errors} errors in {self.words} words ({len(self.points)} settings tried)"
+            f"{self.best.word_errors} errors in {self.words} words, {self.best.character_errors} in their characters "
+            f"({len(self.points)} settings tried)"
         )
         if self.equally_good > 1:
             lines.append(
-                f"{self.equally_good} of them are as good: the middle of such weights is taken, then the cheapest "
-                f"pruning"
+                f"{self.equally_good} of them are as good in both: the middle of such weights is taken, then the "
+                f"cheapest pruning"
             )
         return "\n".join(lines)
 
@@ -268,17 +269,22 @@ def tune_run(
         "lm_sha256": make_decoder(choice, vocabulary).settings["lm_sha256"],
         "settings": {name: values[name] for name in SETTINGS if name in values} | {"blank_threshold": blank_threshold},
         "word_errors": best.word_errors,
+        "character_errors": best.character_errors,
         "words": tuning.words,
         "equally_good": tuning.equally_good,
         "tried": [
-            {name: getattr(p.choice.beam, name) for name in SETTINGS if name in values} | {"word_errors": p.word_errors}
+            {name: getattr(p.choice.beam, name) for name in SETTINGS if name in values}
+            | {"word_errors": p.word_errors, "character_errors": p.character_errors}
             for p in tuning.points
         ],
     }
     picture = run_dir / f"decoding-{backend}.png"
     draw_surface(tuning, picture)
     written = write_tuned(run_dir, backend, entry)
-    print(f"written to {written}, which eval.py --decoder beam --backend {backend} --lm {lm} uses; {picture}")
+    print(
+        f"written to {written}, which eval.py --run {run_dir} --decoder beam --backend {backend} --lm {lm} uses; "
+        f"{picture}"
+    )
     return tuning
 
 
