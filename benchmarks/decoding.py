@@ -216,7 +216,6 @@ def searches(arguments: argparse.Namespace, best: DecoderChoice) -> Iterator[tup
 
 def candidates(arguments: argparse.Namespace, backend: str, lm: Path) -> list[DecoderChoice]:
     """What may be the best weights of a back end: all of a grid for made-up material, else one pair."""
-    weights = [(arguments.alpha, arguments.beta)]
     if arguments.tuned:
         entry = read_tuned(arguments.tuned).get(backend)
         if entry is None:
@@ -224,8 +223,8 @@ def candidates(arguments: argparse.Namespace, backend: str, lm: Path) -> list[De
         settings = entry["settings"]
         beam = BeamSettings(**{name: value for name, value in settings.items() if name != "blank_threshold"})
         return [DecoderChoice("beam", backend, lm=lm, blank_threshold=settings["blank_threshold"], beam=beam)]
-    if not arguments.logprobs:
-        weights = list(itertools.product(ALPHAS, BETAS))
+    pair = (arguments.alpha, arguments.beta)
+    weights = [pair] if arguments.logprobs else itertools.product(ALPHAS, BETAS)
     return [DecoderChoice("beam", backend, lm=lm, beam=BeamSettings(alpha=a, beta=b)) for a, b in weights]
 
 

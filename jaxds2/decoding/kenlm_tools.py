@@ -1,7 +1,7 @@
 """KenLM's own programs, where they are on the machine: lmplz, which estimates, and build_binary.
 
 No wheel brings them; they are built from https://github.com/kpu/kenlm. lmplz's models are others than those of
-`lm.build_ngram`, and a little better; a binary is the same model once more.
+`lm.build_ngram`; a binary is the same model once more.
 """
 
 import shutil

@@ -6,9 +6,8 @@ sound between two pauses is an utterance of its own (docs/numerics.md has what t
 between output frames of the whole recording, so that frames of a stretch's windows are joined frame by frame.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -192,7 +191,7 @@ def holds_pause(blocks: Iterable[np.ndarray], grid: Grid) -> bool:
       blocks: int16, as for cut.
       grid: where it may be cut.
     """
-    return any(window.stretch > 0 for window in cut(blocks, dataclasses.replace(grid, border=grid.pause)))
+    return any(window.stretch > 0 for window in cut(blocks, replace(grid, border=grid.pause)))
 
 
 def _threshold(levels_U: np.ndarray, *, before: float) -> float:
