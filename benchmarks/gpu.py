@@ -4,7 +4,8 @@ python benchmarks/gpu.py --minutes 9
 
 Each part runs in a process of its own with its share of the time that is left, so that one that hangs or crashes costs
 no more than that. A part consists of blocks; its JSON is written after each. The same command goes on with the
-blocks that are not there, then tries those that failed once more. Where torch is missing its columns are.
+blocks that are not there, then tries those that failed once more; `--only` names parts or blocks. Where torch is
+missing its columns are.
 `--small` runs everything in tiny shapes on any device, only to see that it runs; the training run then needs --config.
 
 Exit code: 0 all is measured, 1 something failed, 75 the time is over and the same command goes on.
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="rounds over all columns (default: 10)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE, where DEVICE names the GPU")
     parser.add_argument("--config", help="config of the real run (default: configs/an4.py; with --small none)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these parts or blocks, kernel say")
     parser.add_argument("--small", action="store_true", help="tiny shapes, only to see that it runs")
     arguments = parser.parse_args()
     end = gpu_parts.now() + 60 * arguments.minutes
@@ -71,7 +73,9 @@ def main() -> int:
         config=arguments.config or (None if arguments.small else "configs/an4.py"),
     )
     folder = arguments.out or side_by_side.RESULTS / device.lower().replace(" ", "-")
-    return gpu_parts.measure(PARTS, suite, folder, end, header(suite), kernel_fault=gpu_kernels.kernel_fault)
+    return gpu_parts.measure(
+        PARTS, suite, folder, end, header(suite), kernel_fault=gpu_kernels.kernel_fault, only=arguments.only
+    )
 
 
 def find_device() -> tuple[str, str]:

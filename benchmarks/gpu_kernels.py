@@ -44,17 +44,17 @@ def kernel_fault(blocks: Mapping[str, Any], untried: Sequence[str]) -> str | Non
 
 
 def probe(suite: Suite) -> dict[str, Any]:
-    """What keeps the kernel from being used here; its errors against float64."""
-    from jaxds2.model import mosaic
+    """What keeps the recurrence's kernel from being used here; its errors against float64."""
+    from jaxds2.model.mingru_kernel import TOLERANCES, missing, probe
 
-    found: dict[str, Any] = {"missing": mosaic.missing()}
+    found: dict[str, Any] = {"missing": missing()}
     if found["missing"] is None:
-        shapes = ((1, 2, 128), (19, 3, 256), (4096, 4, 256))
-        found["errors"] = {f"{dtype} {x}": mosaic.probe(*x, dtype=dtype) for x in shapes for dtype in mosaic.TOLERANCES}
+        shapes = ((1, 2, 128), (19, 3, 256), (1024, 4, 256))
+        found["errors"] = {f"{dtype} {x}": probe(*x, dtype=dtype) for x in shapes for dtype in TOLERANCES}
     elif suite.platform != "cpu":  # the one line may not be enough to mend it
         try:
-            mosaic.probe()
-            mosaic.probe(dtype="bfloat16")
+            probe()
+            probe(dtype="bfloat16")
         except Exception:
             found["traceback"] = traceback.format_exc()[-4000:]
     print(found, flush=True)
@@ -62,24 +62,23 @@ def probe(suite: Suite) -> dict[str, Any]:
 
 
 def program(suite: Suite) -> dict[str, Any]:
-    """What is in the compiled gradient of a recurrence whose rows are split over all devices."""
+    """What is in the compiled gradient of a layer's recurrence whose rows are split over all devices."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
     from jaxds2.data.placement import data_mesh
-    from jaxds2.model import mosaic
-    from jaxds2.model.scan import mingru_recurrence
+    from jaxds2.model.mingru_kernel import CHANNELS
 
     mesh = data_mesh(None, rows_multiple=jax.local_device_count())
-    shape = (16, 2 * mesh.size, mosaic.CHANNELS) if suite.small else (512, 8 * mesh.size, 512)
+    shape = (16, 2 * mesh.size, 4 * CHANNELS) if suite.small else (512, 8 * mesh.size, 2048)
     x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, PartitionSpec(None, "data")))
 
-    def total(gate, v):
-        return jnp.sum(mingru_recurrence(gate, v, implementation="fused")[0] ** 2)
+    def total(pre_TBE):
+        return jnp.sum(both_ways(pre_TBE, "fused")[0] ** 2)
 
     with use_abstract_mesh(mesh.abstract_mesh):
-        text = str(jax.jit(jax.grad(total, (0, 1))).lower(x, x).compile().as_text())
+        text = str(jax.jit(jax.grad(total)).lower(x).compile().as_text())
     found = {
         "devices": mesh.size,
         "kernels": kernels_in(text),
@@ -95,36 +94,43 @@ def kernels_in(program: str) -> int:
     return len(re.findall(r'custom_call_target="mosaic_gpu', program))
 
 
+def both_ways(pre_TBE: Any, form: "Implementation", lengths_B: Any = None) -> tuple[Any, Any]:
+    """States and last states of a layer's two directions, by default of whole rows, without biases."""
+    import jax.numpy as jnp
+
+    from jaxds2.model.scan import mingru_layer
+
+    frames, rows, width = pre_TBE.shape
+    lengths_B = jnp.full((rows,), frames) if lengths_B is None else lengths_B
+    options: Any = {"candidate_fn": "linear", "reverses": (False, True), "implementation": form}
+    return mingru_layer(pre_TBE, jnp.zeros((width,)), lengths_B, **options)
+
+
 def at_size(suite: Suite, shape: tuple[int, int, int], dtype: str) -> dict[str, Any]:
     """Largest difference between the kernel and the associative form, of states and gradients, over their largest."""
     import jax
     import jax.numpy as jnp
 
-    from jaxds2.model import mosaic
-    from jaxds2.model.scan import mingru_recurrences
+    from jaxds2.model.mingru_kernel import missing
 
-    if suite.platform != "cpu" and (why := mosaic.missing()):
+    if suite.platform != "cpu" and (why := missing()):
         return {"missing": why}
-    keys = jax.random.split(jax.random.key(0), 4)
-    gates, candidates = ([jax.random.normal(k, shape, dtype) for k in keys[i : i + 2]] for i in (0, 2))
+    frames, rows, width = shape
+    pre_TBE = jax.random.normal(jax.random.key(0), (frames, rows, 4 * width), dtype)
+    lengths_B = frames - jnp.arange(rows) * (frames // (2 * rows))
 
-    def both(gates, candidates, form: "Implementation"):
-        def states(gates, candidates):
-            options: Any = {"candidate_fn": "linear", "reverses": (False, True), "implementation": form}
-            return mingru_recurrences(gates, candidates, (None, None), **options)
-
-        (hs, lasts), pull = jax.vjp(states, gates, candidates)
-        return hs, pull((hs, lasts))
-
-    def differences(gates, candidates):
+    def differences(pre_TBE):
         def relative(x, y):
             x, y = x.astype(jnp.float32), y.astype(jnp.float32)
             return jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))
 
-        pairs = (both(gates, candidates, form) for form in ("fused", "associative"))
-        return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(relative, *pairs))))
+        def both(form: "Implementation"):
+            states, pull = jax.vjp(lambda pre_TBE: both_ways(pre_TBE, form, lengths_B), pre_TBE)
+            return states, pull(states)
 
-    worst = float(jax.jit(differences)(tuple(gates), tuple(candidates)))
+        return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(relative, both("fused"), both("associative")))))
+
+    worst = float(jax.jit(differences)(pre_TBE))
     found: dict[str, Any] = {"difference": worst}
     if not worst < (1e-4 if dtype == "float32" else 0.05):  # NaN too
         found["error"] = f"the kernel differs from the associative form by {worst:.1e} of the largest value"
@@ -132,9 +138,30 @@ def at_size(suite: Suite, shape: tuple[int, int, int], dtype: str) -> dict[str, 
     return found
 
 
+def ctc_probe(suite: Suite) -> dict[str, Any]:
+    """What keeps CTC's kernel from being used here; its errors against float64."""
+    from jaxds2 import ctc_kernel
+
+    found: dict[str, Any] = {"missing": ctc_kernel.missing()}
+    if found["missing"] is None:
+        shapes = ((1, 2, 1), (19, 2, 5), (400, 3, 200), (100, 2, 1000))
+        found["errors"] = {str(shape): ctc_kernel.probe(*shape) for shape in shapes}
+    elif suite.platform != "cpu":
+        try:
+            ctc_kernel.probe()
+        except Exception:
+            found["traceback"] = traceback.format_exc()[-4000:]
+    print(found, flush=True)
+    return found
+
+
 def forms(suite: Suite) -> dict[str, Block]:
     """Is every form of the recurrence and of CTC right on this device? Largest errors against float64."""
-    return {"mingru": partial(mingru_errors, suite), "ctc": partial(ctc_errors, suite)}
+    return {
+        "ctc-probe": partial(ctc_probe, suite),
+        "mingru": partial(mingru_errors, suite),
+        "ctc": partial(ctc_errors, suite),
+    }
 
 
 def mingru_errors(suite: Suite) -> dict[str, Any]:
@@ -144,20 +171,24 @@ def mingru_errors(suite: Suite) -> dict[str, Any]:
     import numpy as np
     from bench_mingru import float64_cell
 
-    from jaxds2.model.scan import mingru_recurrence
+    from jaxds2.model.scan import mingru_layer
 
     rng = np.random.default_rng(0)
-    shape = (33, 2, 8) if suite.small else (4096, 4, 256)
+    frames, rows, width = shape = (33, 2, 8) if suite.small else (4096, 4, 256)
     gate, v, dh = (rng.standard_normal(shape, np.float32) for _ in range(3))
     exact = float64_cell(gate, v, dh)
     table: dict[str, dict[str, float | str]] = {}
-    for form in suite.forms(shape[-1], "associative", "fused", "sequential"):
+    for form in suite.forms(width, "associative", "fused", "sequential"):
 
-        def both(gate, v, dh, form: "Implementation" = form):
-            h, pull = jax.vjp(lambda g, v: mingru_recurrence(g, v, candidate_fn="g", implementation=form)[0], gate, v)
-            return h, *pull(dh)
+        def both(pre_TBE, dh, form: "Implementation" = form):
+            def states(pre_TBE):
+                given = pre_TBE, jnp.zeros((2 * width,)), jnp.full((rows,), frames)
+                return mingru_layer(*given, candidate_fn="g", reverses=(False,), implementation=form)[0]
 
-        got = jax.jit(both)(*map(jnp.asarray, (gate, v, dh)))
+            h, pull = jax.vjp(states, pre_TBE)
+            return h, *jnp.split(pull(dh)[0], 2, axis=-1)
+
+        got = jax.jit(both)(jnp.concatenate([gate, v], axis=-1), jnp.asarray(dh))
         table[form] = {
             what: side_by_side.error(value, want)
             for what, value, want in zip(("h", "dgate", "dcandidate"), got, exact, strict=True)
@@ -216,30 +247,28 @@ def _rows_and_width(suite: Suite) -> tuple[int, int]:
 
 
 def bare(suite: Suite, frames: int) -> dict[str, Any]:
-    """The recurrence alone, forward and backward, float32; no matmul, so no question of precision."""
+    """Both directions' recurrence alone, forward and backward, float32; no matmul, so no question of precision."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxds2.model.scan import mingru_recurrence
-
     rows, width = _rows_and_width(suite)
     rng = np.random.default_rng(0)
-    gate, v, dh = (jnp.asarray(rng.standard_normal((frames, rows, width), np.float32)) for _ in range(3))
+    pre, dh = (jnp.asarray(rng.standard_normal((frames, rows, k * width), np.float32)) for k in (4, 2))
 
     def column(form: "Implementation") -> Column:
-        def both(gate, v, dh):
-            h, pull = jax.vjp(lambda gate, v: mingru_recurrence(gate, v, implementation=form)[0], gate, v)
+        def both(pre, dh):
+            h, pull = jax.vjp(lambda pre: both_ways(pre, form)[0], pre)
             return h, pull(dh)
 
-        return compiled(both, gate, v, dh)
+        return compiled(both, pre, dh)
 
-    title = f"minGRU recurrence, forward + backward, B={rows} T={frames} D={width}, float32"
+    title = f"minGRU recurrence, both ways, forward + backward, B={rows} T={frames} D={width}, float32"
     columns = named(suite.forms(width, "associative", "fused", "sequential"), column)
     found = timed(title, columns, suite, base="associative")
     if (bandwidth := suite.peak(PEAK_BYTES)) is not None:
         # gate, v, h; then gate, v, h, dh, dgate, dv
-        found["bytes' time, ms"] = floor = 1e3 * 9 * gate.nbytes / bandwidth
+        found["bytes' time, ms"] = floor = 1e3 * 9 * dh.nbytes / bandwidth
         found["over bytes' time"] = {name: row["wall ms"] / floor for name, row in found["columns"].items()}
         print("times what the bytes need by the data sheet:", found["over bytes' time"])
     return found | {"shape": [rows, frames, width]}

@@ -48,6 +48,7 @@ def measure(
     header: Mapping[str, Any],
     *,
     kernel_fault: Callable[[Mapping[str, Any], Sequence[str]], str | None],
+    only: Sequence[str] = (),
 ) -> int:
     """Run all blocks that are not done: twice what was never tried, then once what failed, until the time is over.
 
@@ -58,6 +59,7 @@ def measure(
       end: by `now`; nothing runs after it.
       header: what each file begins with.
       kernel_fault: why not to use the kernel, by the blocks of the first part and the names of those it has not tried.
+      only: names of parts or blocks; with none all are run.
 
     Returns:
       0: all are done. 1: some failed. 75: some are left.
@@ -69,7 +71,10 @@ def measure(
         return replace(suite, kernel=kernel_fault(blocks, [name for name in parts[0][0](suite) if name not in blocks]))
 
     def due(number: int, failed_too: bool) -> list[str]:
-        known, names = read(paths[number])["blocks"], parts[number][0](current())
+        part = parts[number][0]
+        known, names = read(paths[number])["blocks"], list(part(current()))
+        if only and part.__name__ not in only:
+            names = [name for name in names if name in only]
         left = [name for name in names if name not in known or "stopped" in known[name]]
         return left + [name for name in names if failed_too and "error" in known.get(name, {})]
 

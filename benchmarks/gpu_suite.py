@@ -49,9 +49,9 @@ class Suite:
 
     def forms(self, width: int, *of: "Implementation") -> "tuple[Implementation, ...]":
         """Those forms of the recurrence that run what they name: `fused` is the kernel, or on a CPU one pass."""
-        from jaxds2.model import mosaic
+        from jaxds2.model.mingru_kernel import CHANNELS
 
-        kernel = self.platform == "cpu" or (self.kernel is None and width % mosaic.CHANNELS == 0)
+        kernel = self.platform == "cpu" or (self.kernel is None and width % CHANNELS == 0)
         return tuple(form for form in of if form != "fused" or kernel)
 
 

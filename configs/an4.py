@@ -30,5 +30,5 @@ def get_config() -> Config:
         augment=AugmentConfig(speed=0.12, mel_warp=0.08),
         model=ModelConfig(dropout=0.2),
         optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=300),
-        training=TrainingConfig(steps=10_000),
+        training=TrainingConfig(steps=10_000, ctc="optax"),  # which its figures were counted with
     )

@@ -34,5 +34,10 @@ def get_config() -> Config:
             dropout=0.1,
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
-        training=TrainingConfig(epochs=20, eval_every=1000, ema_decay=0.99),
+        training=TrainingConfig(
+            epochs=20,
+            eval_every=1000,
+            ema_decay=0.99,
+            ctc="optax",  # which its figures were counted with
+        ),
     )

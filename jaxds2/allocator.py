@@ -1,9 +1,16 @@
 """How this process's memory goes back to the operating system."""
 
 import ctypes
+import os
 import sys
+from importlib.metadata import entry_points
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
+
+
+def on_cpus() -> bool:
+    """Whether JAX will compute on CPUs: it is told to, or finds no other platform installed. Does not start JAX."""
+    return os.environ.get("JAX_PLATFORMS") == "cpu" or not entry_points(group="jax_plugins")
 
 
 def keep_pages() -> bool:

@@ -253,10 +253,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(dry_run(config).render())
         return 0
-    from jaxds2.allocator import keep_pages
+    from jaxds2.allocator import keep_pages, on_cpus
     from jaxds2.stop import leaving_on_sigterm
 
-    keep_pages()
+    if on_cpus():  # for an accelerator XLA compiles with many threads, which would wait for each other at the one heap
+        keep_pages()
     with leaving_on_sigterm("stopped before training; the same command starts again"), _joined(arguments):
         from jaxds2.training.loop import train as train_run
 

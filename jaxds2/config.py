@@ -199,7 +199,7 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout on each residual branch, one mask for all frames of an utterance."""
     scan: Literal["auto", "associative", "sequential", "fused"] = "auto"
-    """Form of the recurrence; `auto` is `fused` on a CPU, `associative` elsewhere."""
+    """Form of the recurrence (scan.py); `auto` is `fused`, one kernel a layer where an NVIDIA GPU runs it."""
     scan_layers: bool = False
     """Run the layers as one loop over their stacked weights, so that XLA compiles one layer instead of all; the same
     values, weights and checkpoints."""
@@ -271,8 +271,8 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of the matmuls; `auto` is bfloat16 on an accelerator and float32 on a CPU. Parameters, scan, CTC
     and normalisation are always float32."""
-    ctc: Literal["optax", "fused"] = "optax"
-    """Form of the training loss: optax's, or ours with its gradient in closed form; see ctc.ctc_loss."""
+    ctc: Literal["optax", "fused"] = "fused"
+    """Form of the training loss: ours with its gradient in closed form, or optax's; see ctc.ctc_loss."""
     consistency: float = 0.0
     """Weight of the consistency between two augmented views of each utterance, which doubles the cost of a batch
     (CR-CTC, whose paper has 0.2); 0: one view. `data.batch_seconds` counts an utterance once."""

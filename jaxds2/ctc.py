@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxds2 import ctc_kernel
+from jaxds2.ctc_kernel import BLOCK, NEVER, add_two
+from jaxds2.mosaic import on_own_rows
 from jaxds2.text import BLANK_ID
 
 Implementation = Literal["optax", "fused"]
-
-_NEVER = -1e30
-"""Logarithm of a probability of 0, with which sums stay finite."""
-_BLOCK = 8
-"""Frames after which the fused form makes its numbers small again."""
 
 
 def min_frames(label: Sequence[object]) -> int:
@@ -56,8 +54,9 @@ def ctc_loss(
       labels_BN: label ids, no blanks within the label length.
       label_lengths_B: labels of each row.
       implementation: `optax`, the reference, differentiated by JAX; or `fused`, forward and backward variables in one
-        loop and the gradient in closed form: less memory, and a gradient closer to float64's (docs/numerics.md). It
-        has no second derivative.
+        pass and the gradient in closed form: less memory, and a gradient closer to float64's (docs/numerics.md). On an
+        NVIDIA GPU the pass is a kernel (ctc_kernel.py) where that has been found to work, elsewhere a loop. It has no
+        second derivative.
     """
     ok_B = feasible(logit_lengths_B, labels_BN, label_lengths_B)
     padded_frames_BU = jnp.arange(logits_BUV.shape[1])[None, :] >= logit_lengths_B[:, None]
@@ -120,8 +119,8 @@ def forced_alignment(
     def forward(best_BS, frame):
         scores_BS, valid_B = frame
         # Beyond its length a row waits as it is, so nothing that stands there counts.
-        skipping_BS = jnp.where(follows_BS, _from_left(best_BS, 2, _NEVER), _NEVER)
-        ways_3BS = jnp.stack([best_BS, _from_left(best_BS, 1, _NEVER), skipping_BS])
+        skipping_BS = jnp.where(follows_BS, _from_left(best_BS, 2, NEVER), NEVER)
+        ways_3BS = jnp.stack([best_BS, _from_left(best_BS, 1, NEVER), skipping_BS])
         steps_BS = jnp.where(valid_B[:, None], jnp.argmax(ways_3BS, axis=0), 0).astype(jnp.int8)
         return jnp.where(valid_B[:, None], jnp.max(ways_3BS, axis=0) + scores_BS, best_BS), steps_BS
 
@@ -130,7 +129,7 @@ def forced_alignment(
         return state_B - steps_B.astype(jnp.int32), state_B
 
     # Before the first frame a path stands at the blank before its first label.
-    start_BS = jnp.where(jnp.arange(classes_BS.shape[1])[None, :] == 0, 0.0, jnp.full(classes_BS.shape, _NEVER))
+    start_BS = jnp.where(jnp.arange(classes_BS.shape[1])[None, :] == 0, 0.0, jnp.full(classes_BS.shape, NEVER))
     best_BS, steps_UBS = jax.lax.scan(forward, start_BS, (jnp.swapaxes(scores_BUS, 0, 1), valid_BU.T))
     last_B = 2 * label_lengths_B.astype(jnp.int32)
     # It ends at the last label or the blank behind it. Of an empty label there is only the blank.
@@ -201,7 +200,7 @@ class _States(NamedTuple):
 class _Lane(NamedTuple):
     """The forward variables, or the backward ones: `at` + `base`, after the frames so far.
 
-    A float32 keeps few digits of a large number. So `at` stays small: every `_BLOCK` frames what has become whole of it
+    A float32 keeps few digits of a large number. So `at` stays small: every `BLOCK` frames what has become whole of it
     is moved to `base`, which rounds nothing.
     """
 
@@ -223,11 +222,10 @@ def _forward_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss (B,) and its gradient by the logits (B, U, V), which is empty unless `with_gradient`.
 
-    Graves et al. 2006, section 4.1, in log space: the forward and the backward variables in one loop over the frames.
+    Graves et al. 2006, section 4.1, in log space: the forward and the backward variables in one pass over the frames.
     The gradient needs each frame's posterior, whose sum over the states is 1.
     """
     num_frames, num_labels = logits_BUV.shape[1], labels_BN.shape[1]
-    num_blocks = -(-num_frames // _BLOCK)
     log_probs_BUV = jax.nn.log_softmax(logits_BUV, axis=-1)
     # Taken off a frame and added up apart, as whole numbers, it leaves small ones.
     best_BU1 = jnp.round(jnp.max(log_probs_BUV, axis=-1, keepdims=True))
@@ -235,64 +233,16 @@ def _forward_backward(
     label_UBN = jnp.swapaxes(jnp.take_along_axis(log_probs_BUV, labels_BN[:, None], axis=2) - best_BU1, 0, 1)
     # Else the paths that run on into the padding of a label would be the best, and those that count far below them.
     in_label_1BN = (jnp.arange(num_labels)[None, :] < label_lengths_B[:, None])[None]
-    label_UBN = jnp.where(in_label_1BN, label_UBN, _NEVER)
-    label_UBN = jnp.pad(label_UBN, ((0, 0), (0, 0), (0, 1)), constant_values=_NEVER)
+    label_UBN = jnp.where(in_label_1BN, label_UBN, NEVER)
+    label_UBN = jnp.pad(label_UBN, ((0, 0), (0, 0), (0, 1)), constant_values=NEVER)
     # A label may follow another without a blank between them, unless the two are equal.
     follows_BN = jnp.pad(labels_BN[:, 1:] != labels_BN[:, :-1], ((0, 0), (1, 1)))
-
-    def backward(at: _States, base: _States) -> _States:
-        to_blank_BN = _add_two(at.blank, at.label + (base.label - base.blank))
-        # The blank has the label behind it already; only an equal one must not be reached without the blank.
-        from_right_BN = _from_right(jnp.where(follows_BN, to_blank_BN, at.blank), _NEVER)
-        from_right_BN = from_right_BN + (_from_right(base.blank, 0.0) - base.label)
-        return _States(to_blank_BN, _add_two(at.label, from_right_BN))
-
-    def forward(at: _States, base: _States) -> _States:
-        from_left_BN = _from_left(at.label, 1, _NEVER) + (_from_left(base.label, 1, 0.0) - base.blank)
-        to_blank_BN = _add_two(at.blank, from_left_BN)
-        from_left_BN = jnp.where(follows_BN, to_blank_BN, at.blank) + (base.blank - base.label)
-        return _States(to_blank_BN, _add_two(at.label, from_left_BN))
-
-    moves = (backward, forward) if with_gradient else (backward,)
-
-    def place(move: object, index: jax.Array, count: int) -> jax.Array:
-        return count - 1 - index if move is backward else index
-
-    def block(number: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
-        def enter(move, lane: _Lane) -> _Lane:
-            at, base = _rebased(lane.at, lane.base)
-            return lane._replace(at=at, base=base, all_base=_put(lane.all_base, base, place(move, number, num_blocks)))
-
-        def step(index: jax.Array, move, lane: _Lane) -> _Lane:
-            frame = place(move, number * _BLOCK + index, num_blocks * _BLOCK)
-            to = move(lane.at, lane.base)
-            passed = _States(to.blank + blank_UB1[frame], to.label + label_UBN[frame])
-            inside_B1 = (frame < lengths_B)[:, None]  # beyond its length a row waits as it is
-            at = jax.tree.map(lambda new, old: jnp.where(inside_B1, new, old), passed, lane.at)
-            return lane._replace(at=at, all_to=_put(lane.all_to, to, frame))
-
-        def steps(index: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
-            return tuple(map(functools.partial(step, index), moves, lanes))
-
-        return jax.lax.fori_loop(0, _BLOCK, steps, tuple(map(enter, moves, lanes)))
-
-    def start(start_B: jax.Array) -> _Lane:
-        never_BN = jnp.full(follows_BN.shape, _NEVER)
-        at_start_BN = jnp.arange(num_labels + 1)[None, :] == start_B[:, None]
-        states = _States(jnp.where(at_start_BN, 0.0, never_BN), never_BN)
-        zeros = jax.tree.map(jnp.zeros_like, states)
-        if not with_gradient:
-            return _Lane(states, zeros, None, None)
-        room = [
-            jax.tree.map(lambda x, n=n: jnp.zeros((n, *x.shape)), states) for n in (num_blocks * _BLOCK, num_blocks)
-        ]
-        return _Lane(states, zeros, *room)
-
-    # Before the first frame a path stands at the blank before its first label; seen from its end, behind its last one.
-    lanes = tuple(map(start, (label_lengths_B, jnp.zeros_like(label_lengths_B))))[: len(moves)]
-    behind, *ahead = jax.lax.fori_loop(0, num_blocks, block, lanes)
-    first = jax.tree.map(lambda at, base: at[:, 0] + base[:, 0], behind.at, behind.base)
-    end_B = _add_two(*first)
+    lattice = blank_UB1, label_UBN, follows_BN, lengths_B[:, None], label_lengths_B[:, None]
+    if with_gradient and num_frames and ctc_kernel.why_not(num_labels) is None:
+        behind, *ahead = map(_lane, on_own_rows(ctc_kernel.variables, *lattice))
+    else:
+        behind, *ahead = _loop(*lattice, both=with_gradient)
+    end_B = add_two(*(at[:, 0] + base[:, 0] for at, base in zip(behind.at, behind.base, strict=True)))
     valid_BU1 = (jnp.arange(num_frames)[None, :] < lengths_B[:, None])[..., None]
     loss_B = -(end_B + jnp.sum(jnp.where(valid_BU1, best_BU1, 0.0), axis=(1, 2)))
     if not with_gradient:
@@ -303,7 +253,7 @@ def _forward_backward(
 
     def posterior(to_UBN: jax.Array, base_KBN: jax.Array, frame_UBN: jax.Array) -> jax.Array:
         base_K1BN = (base_KBN - jnp.round(end_B)[None, :, None])[:, None]
-        base_UBN = jnp.broadcast_to(base_K1BN, (num_blocks, _BLOCK, *base_KBN.shape[1:])).reshape(to_UBN.shape)
+        base_UBN = jnp.broadcast_to(base_K1BN, (len(base_KBN), BLOCK, *base_KBN.shape[1:])).reshape(to_UBN.shape)
         return jnp.exp((to_UBN + base_UBN)[:num_frames] + frame_UBN)
 
     blank_UB = _sum(posterior(to.blank, base.blank, blank_UB1))
@@ -317,6 +267,76 @@ def _forward_backward(
     is_class_BNV = jax.nn.one_hot(labels_BN, logits_BUV.shape[2])
     occupied_BUV = jnp.einsum("ubn,bnv->buv", posterior_UBN, is_class_BNV, precision=jax.lax.Precision.HIGHEST)
     return loss_B, jnp.where(valid_BU1, jnp.exp(log_probs_BUV) - occupied_BUV, 0.0)
+
+
+def _loop(
+    blank_UB1: jax.Array,
+    label_UBN: jax.Array,
+    follows_BN: jax.Array,
+    lengths_B1: jax.Array,
+    label_lengths_B1: jax.Array,
+    *,
+    both: bool,
+) -> tuple[_Lane, ...]:
+    """The backward variables and, with `both`, the forward ones, as a loop; arguments as of `ctc_kernel.variables`."""
+    num_blocks = -(-len(label_UBN) // BLOCK)
+
+    def backward(at: _States, base: _States) -> _States:
+        to_blank_BN = add_two(at.blank, at.label + (base.label - base.blank))
+        # The blank has the label behind it already; only an equal one must not be reached without the blank.
+        from_right_BN = _from_right(jnp.where(follows_BN, to_blank_BN, at.blank), NEVER)
+        from_right_BN = from_right_BN + (_from_right(base.blank, 0.0) - base.label)
+        return _States(to_blank_BN, add_two(at.label, from_right_BN))
+
+    def forward(at: _States, base: _States) -> _States:
+        from_left_BN = _from_left(at.label, 1, NEVER) + (_from_left(base.label, 1, 0.0) - base.blank)
+        to_blank_BN = add_two(at.blank, from_left_BN)
+        from_left_BN = jnp.where(follows_BN, to_blank_BN, at.blank) + (base.blank - base.label)
+        return _States(to_blank_BN, add_two(at.label, from_left_BN))
+
+    moves = (backward, forward) if both else (backward,)
+
+    def place(move: object, index: jax.Array, count: int) -> jax.Array:
+        return count - 1 - index if move is backward else index
+
+    def block(number: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
+        def enter(move, lane: _Lane) -> _Lane:
+            at, base = _rebased(lane.at, lane.base)
+            return lane._replace(at=at, base=base, all_base=_put(lane.all_base, base, place(move, number, num_blocks)))
+
+        def step(index: jax.Array, move, lane: _Lane) -> _Lane:
+            frame = place(move, number * BLOCK + index, num_blocks * BLOCK)
+            to = move(lane.at, lane.base)
+            passed = _States(to.blank + blank_UB1[frame], to.label + label_UBN[frame])
+            inside_B1 = frame < lengths_B1  # beyond its length a row waits as it is
+            at = jax.tree.map(lambda new, old: jnp.where(inside_B1, new, old), passed, lane.at)
+            return lane._replace(at=at, all_to=_put(lane.all_to, to, frame))
+
+        def steps(index: jax.Array, lanes: tuple[_Lane, ...]) -> tuple[_Lane, ...]:
+            return tuple(map(functools.partial(step, index), moves, lanes))
+
+        return jax.lax.fori_loop(0, BLOCK, steps, tuple(map(enter, moves, lanes)))
+
+    def start(start_B1: jax.Array) -> _Lane:
+        never_BN = jnp.full(follows_BN.shape, NEVER)
+        at_start_BN = jnp.arange(follows_BN.shape[1])[None, :] == start_B1
+        states = _States(jnp.where(at_start_BN, 0.0, never_BN), never_BN)
+        zeros = jax.tree.map(jnp.zeros_like, states)
+        if not both:
+            return _Lane(states, zeros, None, None)
+        room = [jax.tree.map(lambda x, n=n: jnp.zeros((n, *x.shape)), states) for n in (num_blocks * BLOCK, num_blocks)]
+        return _Lane(states, zeros, *room)
+
+    # Before the first frame a path stands at the blank before its first label; seen from its end, behind its last one.
+    lanes = tuple(map(start, (label_lengths_B1, jnp.zeros_like(label_lengths_B1))))[: len(moves)]
+    return jax.lax.fori_loop(0, num_blocks, block, lanes)
+
+
+def _lane(found: tuple[jax.Array, ...]) -> _Lane:
+    """What the kernel has found in a direction; at the end it has put `at` and `base` together."""
+    to_blank, to_label, base_blank, base_label, end_blank, end_label = found
+    end = _States(end_blank, end_label)
+    return _Lane(end, jax.tree.map(jnp.zeros_like, end), _States(to_blank, to_label), _States(base_blank, base_label))
 
 
 def _sum(x_UBN: jax.Array) -> jax.Array:
@@ -335,10 +355,5 @@ def _put(rows: _States | None, row: _States, index: jax.Array) -> _States | None
 
 def _rebased(at: _States, base: _States) -> tuple[_States, _States]:
     """The same numbers with what is whole of them in `base`; states that no path has reached stay as they are."""
-    whole = jax.tree.map(lambda x: jnp.where(x > _NEVER / 2, jnp.round(x), 0.0), at)
+    whole = jax.tree.map(lambda x: jnp.where(x > NEVER / 2, jnp.round(x), 0.0), at)
     return jax.tree.map(jnp.subtract, at, whole), jax.tree.map(jnp.add, base, whole)
-
-
-def _add_two(a: jax.Array, b: jax.Array) -> jax.Array:
-    """log(exp(a) + exp(b))."""
-    return jnp.maximum(a, b) + jnp.log(1.0 + jnp.exp(-jnp.abs(a - b)))

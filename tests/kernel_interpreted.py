@@ -1,8 +1,9 @@
-"""A program, for a process of its own: the GPU kernel in interpret mode, and lowered for a GPU that is not there.
+"""A program, for a process of its own: the GPU kernels in interpret mode, and lowered for a GPU that is not there.
 
 Prints one JSON object: the largest error by dtype and shape, and the kernels in each program that was lowered.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -11,11 +12,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from jaxds2 import ctc_kernel, mosaic
+from jaxds2.ctc import ctc_loss
 from jaxds2.data.placement import AXES
-from jaxds2.model import mosaic, scan
+from jaxds2.model import mingru_kernel, scan
+from jaxds2.model.mingru_kernel import TILE
 
-SHAPES = ((1, 2, 128, "g"), (mosaic.TILE, 1, 128, "linear"), (2 * mosaic.TILE + 3, 1, 256, "g"))
+SHAPES = ((1, 2, 128, "g"), (TILE, 1, 128, "linear"), (2 * TILE + 3, 2, 256, "g"))
 """(frames, rows, channels, candidate): no whole tile, nothing but whole tiles, both and two programs a row."""
+
+
+CTC_SHAPES = ((1, 2, 1), (ctc_kernel.BLOCK, 1, 0), (2 * ctc_kernel.BLOCK + 3, 3, 130))
+"""(frames, rows, labels): less than a block, whole blocks, both and two columns a thread."""
 
 
 def hopper(cores: int, *shape: int) -> use_abstract_mesh:
@@ -25,38 +33,74 @@ def hopper(cores: int, *shape: int) -> use_abstract_mesh:
     return use_abstract_mesh(AbstractMesh(shape, axes, (AxisType.Auto,) * len(shape), abstract_device=device))
 
 
-def interpreted(shape, dtype) -> float:
-    """The largest error."""
+def interpreted(probe, *arguments, **options) -> float:
+    """The largest error that a kernel's own probe finds."""
     plgpu: Any = mosaic_gpu  # these names are of jax 0.11
-    with hopper(8), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
-        return mosaic.probe(*shape, dtype=dtype)
+    with hopper(8), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        return probe(*arguments, **options)
 
 
-def lowered(dtype, *shape: int) -> dict[str, int]:
-    """Kernels in the program for CUDA of a layer's both directions, forward and backward; those inside a shard_map."""
-    x = jax.ShapeDtypeStruct((405, 8, 256), dtype)
-    options: Any = {"candidate_fn": "linear", "reverses": (False, True), "implementation": "fused"}
+def asked_for_in_a_step() -> list[str | None]:
+    """What keeps the kernels from being used, asked while a training step is traced over a mesh."""
+    for module in (mingru_kernel, ctc_kernel):
+        module.probe = functools.partial(interpreted, module.probe)
+    found = []
 
-    def total(gate, v):
-        hs, lasts = scan.mingru_recurrences((gate, gate), (v, v), (None, None), **options)
-        return sum(jnp.sum(h.astype(jnp.float32) ** 2) for h in (*hs, *lasts))
+    def step(x):
+        with use_abstract_mesh(AbstractMesh((1, 1), AXES, (AxisType.Auto,) * 2)):
+            found.append(mosaic.fault(mingru_kernel.probe, mingru_kernel.TOLERANCES))
+            found.append(mosaic.fault(ctc_kernel.probe, {"float32": ctc_kernel.TOLERANCE}))
+        return x
 
-    with hopper(132, *shape):
-        program = jax.jit(jax.grad(total, (0, 1))).trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
-    kernel = "custom_call @mosaic_gpu"
-    parts = program.split("manual_computation")
-    return {"kernels": program.count(kernel), "on own rows": sum(kernel in part for part in parts[1:])}
+    jax.jit(step)(1.0)
+    return found
+
+
+def lowered(function, *inputs, mesh: tuple[int, ...]) -> dict[str, int]:
+    """Kernels in the program for CUDA of a function; computations that each device does on its own rows."""
+    with hopper(132, *mesh):
+        program = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    return {
+        "kernels": program.count("custom_call @mosaic_gpu"),
+        "on own rows": program.count("sdy.manual_computation("),
+    }
+
+
+def recurrence(dtype, *mesh: int) -> dict[str, int]:
+    """Forward and backward of a layer."""
+
+    def total(pre_TBE, bias_E, lengths_B):
+        options: Any = {"candidate_fn": "linear", "reverses": (False, True), "implementation": "auto"}
+        h_TBH, last_BH = scan.mingru_layer(pre_TBE, bias_E, lengths_B, **options)
+        return jnp.sum(h_TBH.astype(jnp.float32) ** 2) + jnp.sum(last_BH**2)
+
+    shapes = ((405, 8, 1024), dtype), ((1024,), jnp.float32), ((8,), jnp.int32)
+    return lowered(jax.grad(total, (0, 1)), *(jax.ShapeDtypeStruct(*x) for x in shapes), mesh=mesh)
+
+
+def ctc(*mesh: int) -> dict[str, int]:
+    """Loss and gradient."""
+
+    def total(*given):
+        return jnp.sum(ctc_loss(*given, implementation="fused"))
+
+    shapes = ((8, 405, 29), jnp.float32), ((8,), jnp.int32), ((8, 200), jnp.int32), ((8,), jnp.int32)
+    return lowered(jax.grad(total), *(jax.ShapeDtypeStruct(*x) for x in shapes), mesh=mesh)
 
 
 if __name__ == "__main__":
     errors = {
-        "float32": [interpreted(shape, jnp.float32) for shape in SHAPES],
-        "bfloat16": [interpreted(SHAPES[-1], jnp.bfloat16)],
+        "float32": [interpreted(mingru_kernel.probe, *shape) for shape in SHAPES],
+        "bfloat16": [interpreted(mingru_kernel.probe, *SHAPES[-1], dtype=jnp.bfloat16)],
+        "ctc": [interpreted(ctc_kernel.probe, *shape) for shape in CTC_SHAPES],
+        "asked for in a step": asked_for_in_a_step(),
     }
-    mosaic.serves = lambda gate_TBD: True
+    mingru_kernel.why_not = ctc_kernel.why_not = lambda width: None
     kernels = {
-        "float32, bare": lowered(jnp.float32),
-        "bfloat16, 1 x 1": lowered(jnp.bfloat16, 1, 1),
-        "bfloat16, 2 x 2": lowered(jnp.bfloat16, 2, 2),
+        "float32, bare": recurrence(jnp.float32),
+        "bfloat16, 1 x 1": recurrence(jnp.bfloat16, 1, 1),
+        "bfloat16, 2 x 2": recurrence(jnp.bfloat16, 2, 2),
+        "ctc, bare": ctc(),
+        "ctc, 2 x 2": ctc(2, 2),
     }
     print(json.dumps(errors | {"kernels": kernels}))

@@ -19,7 +19,7 @@ from jaxds2.data.pipeline import Batch, filler_batch, load_batches
 from jaxds2.data.placement import data_mesh, own_rows, place, replicate, rows_of
 from jaxds2.data.plan import BatchPlan
 from jaxds2.features import num_frames
-from jaxds2.model import mosaic
+from jaxds2.model import mingru_kernel, scan
 from jaxds2.model.deepspeech2 import Params, create, output_lengths, subsampling_factor
 from jaxds2.text import Vocabulary
 from jaxds2.training.checkpoint import Checkpoints
@@ -85,7 +85,8 @@ class Recognizer:
         mesh = data_mesh(None, rows_multiple=math.lcm(config.data.rows_multiple, jax.process_count()))
         apply, _ = create(config.features.n_mels, vocabulary.size, config.model, dtype=compute_dtype(config))
         platform = mesh.devices.flat[0].platform
-        if config.model.scan == "fused" and (line := mosaic.stand_in(config.model.hidden, platform)):
+        fused = scan.choose(config.model.scan) == "fused"
+        if fused and (line := mingru_kernel.stand_in(config.model.hidden, platform)):
             print(line, file=sys.stderr)
         options = compiler_options(platform)
         eval_step = make_eval_step(apply, config.features, mesh=mesh)

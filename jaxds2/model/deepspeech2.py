@@ -15,7 +15,7 @@ from flax import nnx
 from jaxds2.config import ModelConfig
 from jaxds2.model.convolution import Conv
 from jaxds2.model.linear import Linear
-from jaxds2.model.mingru import MinGRU, both_ways
+from jaxds2.model.mingru import MinGRU, states
 from jaxds2.model.stored import stored
 
 Count = TypeVar("Count", int, np.ndarray, jax.Array)
@@ -179,7 +179,7 @@ class RecurrentLayer(nnx.Module):
         if self.depthwise is not None:
             y_UBD = self.depthwise(y_UBD)
         if self.backward is not None:
-            h_UBH = both_ways(self.forward, self.backward, y_UBD, lengths_B)
+            h_UBH, _ = states((self.forward, self.backward), y_UBD, lengths_B, reverses=(False, True))
         else:
             h_UBH, _ = self.forward(y_UBD, lengths_B)
         x_UBD = x_UBD + dropout(self.output(h_UBH))

@@ -1,15 +1,15 @@
 """MinGRU: one set of weights that trains in parallel over time and runs step by step."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxds2.model import scan
 from jaxds2.model.cell import Candidate
-from jaxds2.model.linear import Linear
-
-FROZEN = -1e9
-"""Gate pre-activation whose sigmoid is exactly 0: the state passes through unchanged."""
+from jaxds2.model.linear import Linear, matmul
 
 
 class MinGRU(nnx.Module):
@@ -51,20 +51,14 @@ class MinGRU(nnx.Module):
           h_UBH in the compute dtype, constant beyond an utterance's length (the state is frozen there), and the last
           state in scan order h_BH, float32: forwards that is the state after the last valid frame.
         """
-        return scan.mingru_recurrence(
-            *self.pre_activations(x_UBD, lengths_B),
-            h0_BH,
-            candidate_fn=self.candidate_fn,
-            reverse=reverse,
-            implementation=self.implementation,
-        )
+        return states((self,), x_UBD, lengths_B, h0_BH, reverses=(reverse,))
 
     def pre_activations(self, x_UBD: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """gate_UBH and candidate_UBH of the input, such that the state is frozen beyond an utterance's length."""
         valid_UB1 = (jnp.arange(x_UBD.shape[0])[:, None] < lengths_B[None, :])[..., None]
         gate_UBH, candidate_UBH = self.gate(x_UBD), self.candidate(x_UBD)
         return (
-            jnp.where(valid_UB1, gate_UBH, jnp.asarray(FROZEN, gate_UBH.dtype)),
+            jnp.where(valid_UB1, gate_UBH, jnp.asarray(scan.FROZEN, gate_UBH.dtype)),
             jnp.where(valid_UB1, candidate_UBH, jnp.zeros((), candidate_UBH.dtype)),  # 0 * NaN would still be NaN
         )
 
@@ -77,18 +71,34 @@ class MinGRU(nnx.Module):
         return jnp.zeros((batch_size, self.hidden), jnp.float32)
 
 
-def both_ways(forward: MinGRU, backward: MinGRU, x_UBD: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """A bidirectional layer: states of `forward`, then those of `backward` run from the last frame, (U, B, 2 H).
+def states(
+    ways: Sequence[MinGRU],
+    x_UBD: jax.Array,
+    lengths_B: jax.Array,
+    h0_BH: jax.Array | None = None,
+    *,
+    reverses: tuple[bool, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """The parallel form of a layer of one direction or more; see MinGRU.__call__.
 
-    The same as two calls, except that a kernel runs both directions in one launch.
+    Args:
+      ways: a MinGRU for each direction, all of the same width and form.
+      x_UBD: input frames.
+      lengths_B: valid frames of each utterance.
+      h0_BH: the directions' states before the first frame in scan order, side by side; None is zero.
+      reverses: for each direction whether it runs from the last frame to the first.
+
+    Returns:
+      h_UBH, the states of the first direction and then those of the next, and the last states in scan order, h_BH.
     """
-    gates, candidates = zip(*(way.pre_activations(x_UBD, lengths_B) for way in (forward, backward)), strict=True)
-    hs, _ = scan.mingru_recurrences(
-        gates,
-        candidates,
-        (None, None),
-        candidate_fn=forward.candidate_fn,
-        reverses=(False, True),
-        implementation=forward.implementation,
-    )
-    return jnp.concatenate(hs, axis=-1)
+    first = ways[0]
+    options: Any = {"candidate_fn": first.candidate_fn, "implementation": first.implementation, "reverses": reverses}
+    if scan.has_kernel(first.implementation, first.hidden):  # which takes and makes them side by side
+        layers = [layer for way in ways for layer in (way.gate, way.candidate)]
+        kernel_DE = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+        bias_E = jnp.concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
+        return scan.mingru_layer(matmul(x_UBD, kernel_DE.astype(x_UBD.dtype)), bias_E, lengths_B, h0_BH, **options)
+    gates, candidates = zip(*(way.pre_activations(x_UBD, lengths_B) for way in ways), strict=True)
+    h0s = (None,) * len(ways) if h0_BH is None else jnp.split(h0_BH, len(ways), axis=-1)
+    hs, lasts = scan.mingru_recurrences(gates, candidates, h0s, **options)
+    return jnp.concatenate(hs, axis=-1), jnp.concatenate(lasts, axis=-1)

@@ -4,13 +4,13 @@ Arrays are time-major, (T, B, D): each step of a sequential form then reads and 
 (docs/adr/0001-time-major.md). All forms work in float32 inside whatever the dtype of their inputs, and all give the
 same values and gradients (tests/test_scan.py).
 
-- `associative`: `jax.lax.associative_scan`, O(log T) deep: the form of the minGRU paper's parallel training, and the
-  default on accelerators. Its reverse rule is another associative scan.
+- `associative`: `jax.lax.associative_scan`, O(log T) deep: the form of the minGRU paper's parallel training. Its
+  reverse rule is another associative scan.
 - `sequential`: `jax.lax.scan`, differentiated by JAX: the plain twin that also exports with symbolic time.
 - `fused`: one pass over time that computes the gates inside, with a reverse rule that keeps nothing of size (T, B, D)
-  but its inputs and its output: the default on the CPU, as a `jax.lax.scan`. For minGRU on an NVIDIA GPU it is a kernel
-  (mosaic.py) where that has been found to work and the width is a multiple of 128. On an accelerator without it the
-  associative form takes its place, since a loop of thousands of small steps is slow there.
+  but its inputs and its output: the default. On a CPU it is a `jax.lax.scan`. On an NVIDIA GPU a layer is one kernel
+  (mingru_kernel.py) where that has been found to work and the width is a multiple of 128; see `has_kernel`. On an
+  accelerator without it the associative form takes its place, since a loop of thousands of small steps is slow there.
 """
 
 import functools
@@ -20,19 +20,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from jaxds2.model import mosaic
+from jaxds2.model import mingru_kernel
 from jaxds2.model.cell import Candidate, activate_candidate, decay, step, step_gradient
+from jaxds2.mosaic import on_own_rows
 
 Implementation = Literal["auto", "associative", "sequential", "fused"]
 
+FROZEN = -1e9
+"""Gate pre-activation whose sigmoid is exactly 0: the state passes through unchanged."""
+
 
 def choose(implementation: Implementation) -> Literal["associative", "sequential", "fused"]:
-    """The form that `auto` stands for on the default device."""
-    if implementation == "auto":
-        return "fused" if jax.default_backend() == "cpu" else "associative"
-    return implementation
+    """The form that `auto` stands for."""
+    return "fused" if implementation == "auto" else implementation
+
+
+def has_kernel(implementation: Implementation, width: int) -> bool:
+    """Whether `mingru_layer` is one kernel on the default device, for directions of so many states.
+
+    Then a layer's pre-activations are best made side by side; else each by a matmul of its own.
+    """
+    return choose(implementation) == "fused" and mingru_kernel.why_not(width) is None
 
 
 def linear_recurrence(
@@ -107,7 +116,7 @@ def mingru_recurrences(
     reverses: Sequence[bool],
     implementation: Implementation,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """`mingru_recurrence` of all directions of a layer, which a kernel runs in one launch.
+    """`mingru_recurrence` of all directions of a layer.
 
     Args:
       gates: gate_TBD of each direction.
@@ -126,6 +135,50 @@ def mingru_recurrences(
         hs, lasts = _each_way(_scan_mingru, gates, candidates, states, reverses, candidate_fn=candidate_fn)
         return hs, lasts
     return _mingru(tuple(gates), tuple(candidates), states, candidate_fn, tuple(reverses), form)
+
+
+def mingru_layer(
+    pre_TBE: jax.Array,
+    bias_E: jax.Array,
+    lengths_B: jax.Array,
+    h0_BH: jax.Array | None = None,
+    *,
+    candidate_fn: Candidate,
+    reverses: tuple[bool, ...],
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """`mingru_recurrences` of arrays that hold the directions of a layer side by side, biases and padding included.
+
+    H is the number of states of all directions. E = 2 H: gate and candidate of the first direction, then of the next.
+
+    Args:
+      pre_TBE: pre-activations without their biases, any float dtype; what stands beyond a length is ignored.
+      bias_E: added to them in float32.
+      lengths_B: steps of each utterance, int32; beyond them the state is frozen.
+      h0_BH: state before the first step in scan order; None is zero.
+      candidate_fn: `linear` or `g`.
+      reverses: for each direction whether it runs from the last step to the first.
+      implementation: see the module's docstring.
+
+    Returns:
+      h_TBH in the dtype of pre_TBE, and the state after the last step in scan order, h_BH in float32.
+    """
+    states = bias_E.shape[0] // 2
+    h0_BH = jnp.zeros((pre_TBE.shape[1], states), jnp.float32) if h0_BH is None else h0_BH.astype(jnp.float32)
+    if pre_TBE.shape[0] and has_kernel(implementation, states // len(reverses)):
+        lengths_B1 = lengths_B.astype(jnp.int32)[:, None]
+        return _mingru_kernel(pre_TBE, bias_E.astype(jnp.float32), lengths_B1, h0_BH, candidate_fn, reverses)
+    valid_TB1 = (jnp.arange(pre_TBE.shape[0])[:, None] < lengths_B[None, :])[..., None]
+    parts = jnp.split(pre_TBE.astype(jnp.float32) + bias_E.astype(jnp.float32), 2 * len(reverses), axis=-1)
+    hs, lasts = mingru_recurrences(
+        [jnp.where(valid_TB1, gate_TBD, FROZEN) for gate_TBD in parts[::2]],
+        [jnp.where(valid_TB1, candidate_TBD, 0.0) for candidate_TBD in parts[1::2]],
+        jnp.split(h0_BH, len(reverses), axis=-1),
+        candidate_fn=candidate_fn,
+        reverses=reverses,
+        implementation=implementation,
+    )
+    return jnp.concatenate(hs, axis=-1).astype(pre_TBE.dtype), jnp.concatenate(lasts, axis=-1)
 
 
 def mingru_step(gate_BD: jax.Array, candidate_BD: jax.Array, h_BD: jax.Array, *, candidate_fn: Candidate) -> jax.Array:
@@ -283,10 +336,6 @@ def _mingru(
     form: str,
 ) -> Any:
     """(h_TBD of each direction, h_last_BD of each)."""
-    if form == "fused" and mosaic.serves(gates[0]):
-        kernel = functools.partial(mosaic.forward, candidate_fn=candidate_fn, reverses=reverses)
-        hs, lasts = on_own_rows(kernel, gates, candidates, h0s)
-        return tuple(hs), tuple(lasts)
     run = _scan_mingru if _passes_over_time(form) else _associative_mingru
     return _each_way(run, gates, candidates, h0s, reverses, candidate_fn=candidate_fn)
 
@@ -298,10 +347,6 @@ def _mingru_fwd(gates, candidates, h0s, candidate_fn, reverses, form):
 
 def _mingru_bwd(candidate_fn, reverses, form, residuals, cotangents):
     gates, candidates, hs, h0s = residuals
-    if form == "fused" and mosaic.serves(gates[0]):
-        kernel = functools.partial(mosaic.backward, candidate_fn=candidate_fn, reverses=reverses)
-        dgates, dcandidates, dh0s = on_own_rows(kernel, gates, candidates, hs, h0s, *cotangents)
-        return tuple(dgates), tuple(dcandidates), tuple(dh0s)
     run = _scan_mingru_gradient if _passes_over_time(form) else _associative_mingru_gradient
     return _each_way(run, gates, candidates, hs, h0s, *cotangents, reverses, candidate_fn=candidate_fn)
 
@@ -319,24 +364,31 @@ def _passes_over_time(form: str) -> bool:
     return form == "fused" and jax.default_backend() == "cpu"
 
 
-def on_own_rows(kernel: Callable[..., Any], *inputs: Sequence[jax.Array]) -> Any:
-    """kernel(*inputs), each device on its own rows of arrays (T, B, D) and (B, D).
+# The kernel.
 
-    XLA cannot look into a kernel, so by itself it would gather all rows onto every device. The mesh is that of
-    `jax.sharding.use_abstract_mesh`, rows are split over all of its axes; without one the kernel is simply called.
 
-    Args:
-      kernel: takes lists of arrays and returns lists of arrays; rows are independent.
-      inputs: lists of arrays, rows in the last dimension but one.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.axis_names:
-        return kernel(*inputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _mingru_kernel(
+    pre_TBE: jax.Array,
+    bias_E: jax.Array,
+    lengths_B1: jax.Array,
+    h0_BH: jax.Array,
+    candidate_fn: Candidate,
+    reverses: tuple[bool, ...],
+) -> Any:
+    kernel = functools.partial(mingru_kernel.forward, candidate_fn=candidate_fn, reverses=reverses)
+    return on_own_rows(kernel, pre_TBE, bias_E, lengths_B1, h0_BH)
 
-    def rows(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(*(None,) * (x.ndim - 2), mesh.axis_names)
 
-    out_specs = jax.tree.map(rows, jax.eval_shape(kernel, *inputs))
-    return jax.shard_map(kernel, mesh=mesh, in_specs=jax.tree.map(rows, inputs), out_specs=out_specs, check_vma=False)(
-        *inputs
-    )
+def _mingru_kernel_fwd(pre_TBE, bias_E, lengths_B1, h0_BH, candidate_fn, reverses):
+    states: Any = _mingru_kernel(pre_TBE, bias_E, lengths_B1, h0_BH, candidate_fn, reverses)
+    return states, (pre_TBE, bias_E, lengths_B1, states[0], h0_BH)
+
+
+def _mingru_kernel_bwd(candidate_fn, reverses, residuals, cotangents):
+    kernel = functools.partial(mingru_kernel.backward, candidate_fn=candidate_fn, reverses=reverses)
+    dpre_TBE, dbias_BE, dh0_BH = on_own_rows(kernel, *residuals, *cotangents)
+    return dpre_TBE, jnp.sum(dbias_BE, axis=0), None, dh0_BH
+
+
+_mingru_kernel.defvjp(_mingru_kernel_fwd, _mingru_kernel_bwd)

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxds2
-from jaxds2 import hosts
+from jaxds2 import ctc_kernel, hosts
 from jaxds2.compiler import compiler_options
 from jaxds2.config import Config, ConfigError, describe, differences, read_config, save_config
 from jaxds2.data.manifest import manifest_digest
@@ -24,7 +24,7 @@ from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import EvaluationError, Interrupted, evaluate
 from jaxds2.inference.recognizer import Recognizer, compute_dtype
 from jaxds2.lock import FolderLock
-from jaxds2.model import mosaic
+from jaxds2.model import mingru_kernel, scan
 from jaxds2.model.deepspeech2 import Params, create
 from jaxds2.stop import STOPPED, StopSignal
 from jaxds2.text import Vocabulary
@@ -224,7 +224,9 @@ def _train(
                 f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
                 f"set it to a multiple of {jax.device_count()} to use all"
             )
-        if config.model.scan == "fused" and (line := mosaic.stand_in(config.model.hidden, platform)):
+        fused = scan.choose(config.model.scan) == "fused", config.training.ctc == "fused"
+        lines = mingru_kernel.stand_in(config.model.hidden, platform), ctc_kernel.stand_in(platform)
+        for line in (line for asked, line in zip(fused, lines, strict=True) if asked and line):
             monitor.message(line)
         if source is not None:
             monitor.message(f"weights from {source}; new: {' '.join(renewed) or 'none'}")

@@ -101,7 +101,7 @@ def make_gradient_step(
     *,
     mesh: Mesh,
     seed: int,
-    ctc: Implementation = "optax",
+    ctc: Implementation = "fused",
     fast_random: bool = False,
     consistency: float = 0.0,
 ) -> GradientStep:
