@@ -29,7 +29,7 @@ import side_by_side
 from gpu_suite import ROOT, Suite
 
 PARTS = (
-    (gpu_kernels.kernel, 60),
+    (gpu_kernels.kernel, 80),
     (gpu_kernels.forms, 40),
     (gpu_kernels.recurrence, 100),
     (gpu_kernels.ctc, 50),
@@ -72,6 +72,9 @@ def main() -> int:
         small=arguments.small,
         config=arguments.config or (None if arguments.small else "configs/an4.py"),
     )
+    names = gpu_parts.names_of([part for part, _ in PARTS], suite)
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"--only: there is no part or block {' '.join(unknown)}; there are {' '.join(names)}")
     folder = arguments.out or side_by_side.RESULTS / device.lower().replace(" ", "-")
     return gpu_parts.measure(
         PARTS, suite, folder, end, header(suite), kernel_fault=gpu_kernels.kernel_fault, only=arguments.only

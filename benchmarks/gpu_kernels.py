@@ -309,6 +309,7 @@ def torch_layers(frames: int, rows: int, width: int) -> dict[str, Callable[[], C
         kind = {"torch-GRU": torch.nn.GRU, "torch-LSTM": torch.nn.LSTM}[name]
         x = torch.randn(frames, rows, width, device=device, dtype=torch.bfloat16)
         module = kind(width, width).to(device, torch.bfloat16)
+        module.flatten_parameters()  # else it would put them together in every call
 
         def step():
             inputs = x.detach().requires_grad_()

@@ -52,6 +52,8 @@ def measure(
 ) -> int:
     """Run all blocks that are not done: twice what was never tried, then once what failed, until the time is over.
 
+    What failed of the first part is tried again first, since without it no other part uses the kernel.
+
     Args:
       parts: each with its weight, by which the time that is left is shared.
       suite: what they share.
@@ -78,15 +80,21 @@ def measure(
         left = [name for name in names if name not in known or "stopped" in known[name]]
         return left + [name for name in names if failed_too and "error" in known.get(name, {})]
 
-    for failed_too in (False, False, True):
+    failed_before = any("error" in block for block in read(paths[0])["blocks"].values())
+    for turn in range(3):
         for number, (part, weight) in enumerate(parts):
-            names = due(number, failed_too)
-            weights = [w for later, (_, w) in enumerate(parts) if later > number and due(later, failed_too)]
+            names = due(number, turn == (0 if number == 0 and failed_before else 2))
+            weights = [w for later, (_, w) in enumerate(parts) if later > number and due(later, turn == 2)]
             until = now() + (end - now()) * weight / (weight + sum(weights))
             while names and until - now() > LEAST:
                 print(f"\n== {paths[number].stem}: {' '.join(names)}; {until - now():.0f} s", flush=True)
                 names = attempt(part, replace(current(), until=until), paths[number], names, header)
     return report(paths, [due(number, failed_too=False) for number in range(len(parts))])
+
+
+def names_of(parts: Sequence[Part], suite: Suite) -> list[str]:
+    """What can be asked for by name: each part, followed by its blocks."""
+    return [name for part in parts for name in (part.__name__, *part(suite))]
 
 
 def report(paths: Sequence[Path], left: Sequence[Sequence[str]]) -> int:

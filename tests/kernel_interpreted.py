@@ -1,6 +1,7 @@
 """A program, for a process of its own: the GPU kernels in interpret mode, and lowered for a GPU that is not there.
 
-Prints one JSON object: the largest error by dtype and shape, and the kernels in each program that was lowered.
+Prints one JSON object: the largest error by dtype and shape, what a step that asks for the kernels is told, and the
+kernels in each program that was lowered.
 """
 
 import functools
@@ -33,27 +34,42 @@ def hopper(cores: int, *shape: int) -> use_abstract_mesh:
     return use_abstract_mesh(AbstractMesh(shape, axes, (AxisType.Auto,) * len(shape), abstract_device=device))
 
 
-def interpreted(probe, *arguments, **options) -> float:
-    """The largest error that a kernel's own probe finds."""
+def interpreted(function, *arguments, **options) -> Any:
+    """function(*arguments), kernels interpreted; of a kernel's own probe the largest error."""
     plgpu: Any = mosaic_gpu  # these names are of jax 0.11
     with hopper(8), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        return probe(*arguments, **options)
+        return function(*arguments, **options)
 
 
 def asked_for_in_a_step() -> list[str | None]:
     """What keeps the kernels from being used, asked while a training step is traced over a mesh."""
-    for module in (mingru_kernel, ctc_kernel):
-        module.probe = functools.partial(interpreted, module.probe)
+    recurrence, ctc = (functools.partial(interpreted, module.probe) for module in (mingru_kernel, ctc_kernel))
     found = []
 
     def step(x):
         with use_abstract_mesh(AbstractMesh((1, 1), AXES, (AxisType.Auto,) * 2)):
-            found.append(mosaic.fault(mingru_kernel.probe, mingru_kernel.TOLERANCES))
-            found.append(mosaic.fault(ctc_kernel.probe, {"float32": ctc_kernel.TOLERANCE}))
+            found.append(mosaic.fault(recurrence, mingru_kernel.TOLERANCES))
+            found.append(mosaic.fault(ctc, {"float32": ctc_kernel.TOLERANCE}))
         return x
 
     jax.jit(step)(1.0)
     return found
+
+
+def loss_and_gradient() -> float:
+    """Largest difference of CTC's gradient by the kernel from that by the loop, plus that of the loss."""
+    logits_BUV = 3 * jax.random.normal(jax.random.key(0), (3, 27, 6))
+    labels_BN = jax.random.randint(jax.random.key(1), (3, 9), 1, 6)
+    given = jnp.array([27, 20, 16]), labels_BN, jnp.array([9, 4, 0])
+
+    def both(logits_BUV):
+        return jax.value_and_grad(lambda x: jnp.sum(ctc_loss(x, *given, implementation="fused")))(logits_BUV)
+
+    want, why_not = both(logits_BUV), ctc_kernel.why_not
+    ctc_kernel.why_not = lambda labels: None
+    got = interpreted(both, logits_BUV)
+    ctc_kernel.why_not = why_not
+    return float(sum(jnp.max(jnp.abs(x - y)) for x, y in zip(got, want, strict=True)))
 
 
 def lowered(function, *inputs, mesh: tuple[int, ...]) -> dict[str, int]:
@@ -93,6 +109,7 @@ if __name__ == "__main__":
         "float32": [interpreted(mingru_kernel.probe, *shape) for shape in SHAPES],
         "bfloat16": [interpreted(mingru_kernel.probe, *SHAPES[-1], dtype=jnp.bfloat16)],
         "ctc": [interpreted(ctc_kernel.probe, *shape) for shape in CTC_SHAPES],
+        "loss and gradient": loss_and_gradient(),
         "asked for in a step": asked_for_in_a_step(),
     }
     mingru_kernel.why_not = ctc_kernel.why_not = lambda width: None

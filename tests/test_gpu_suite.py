@@ -26,11 +26,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ON_GPU = Suite(device="NVIDIA H200", platform="gpu", rounds=1, small=True, config=None)
 
 
-def measure(parts, folder, seconds=60.0, suite=ON_GPU) -> tuple[int, dict]:
+def measure(parts, folder, seconds=60.0, suite=ON_GPU, only=()) -> tuple[int, dict]:
     """The exit code, and the blocks of each part."""
     weighted = [(part, 1.0) for part in parts]
     end = gpu_parts.now() + seconds
-    code = gpu_parts.measure(weighted, suite, folder, end, {}, kernel_fault=gpu_kernels.kernel_fault)
+    code = gpu_parts.measure(weighted, suite, folder, end, {}, kernel_fault=gpu_kernels.kernel_fault, only=only)
     return code, {path.stem: json.loads(path.read_text())["blocks"] for path in sorted(folder.glob("*.json"))}
 
 
@@ -67,11 +67,11 @@ def test_a_crash_costs_one_block_and_is_tried_again_last(tmp_path, monkeypatch):
 
 
 def test_what_failed_in_an_earlier_call_comes_after_what_was_never_tried(tmp_path, capfd):
-    measure([broken.crashing], tmp_path)
+    measure([broken.kernel, broken.crashing], tmp_path)
     capfd.readouterr()
-    measure([broken.crashing, broken.asks], tmp_path)
+    measure([broken.kernel, broken.crashing, broken.asks], tmp_path)
     begun = [line.split(";")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("==")]
-    assert begun == ["== 1-asks: told", "== 0-crashing: crash"]
+    assert begun == ["== 2-asks: told", "== 1-crashing: crash"]
 
 
 def test_a_hang_costs_its_share_of_the_time_and_leaves_no_process(tmp_path, monkeypatch, capfd):
@@ -128,6 +128,25 @@ def test_a_kernel_whose_part_has_not_tried_everything_has_not_passed():
     assert gpu_kernels.kernel_fault(probed, ["800x100x1024-bfloat16"]) == "not tried yet: 800x100x1024-bfloat16"
     assert gpu_kernels.kernel_fault({}, ["probe"]) == "not tried yet: probe"
     assert gpu_kernels.kernel_fault(probed, []) is None
+
+
+def test_what_failed_of_the_kernels_part_is_tried_again_before_anything_else(tmp_path, monkeypatch):
+    measure([broken.raising], tmp_path, only=["raises"])
+    monkeypatch.setenv("RECOVERED", "yes")
+    _, found = measure([broken.raising, broken.asks], tmp_path, only=["raises", "told"])
+    assert found["0-raising"]["raises"]["value"] == 1
+    assert found["1-asks"]["told"]["kernel"] == "not tried yet: partly"
+
+
+def test_parts_and_blocks_can_be_asked_for_by_name(tmp_path, monkeypatch, capsys):
+    _, found = measure([broken.kernel, broken.asks, broken.raising], tmp_path, only=["asks", "partly"])
+    assert {part: list(blocks) for part, blocks in found.items()} == {"1-asks": ["told"], "2-raising": ["partly"]}
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--only", "kernel", "colonel"])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "find_device", lambda: ("cpu", "cpu"))
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no part or block colonel; there are kernel probe program" in capsys.readouterr().err
 
 
 def test_a_torch_that_cannot_be_imported_costs_its_own_columns_alone(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 from damage import delete
 from toy_runs import config, metrics, run_digest, steps_of
 
+from jaxds2 import ctc_kernel
 from jaxds2.audio import AudioError
 from jaxds2.config import (
     ConfigError,
@@ -25,7 +26,7 @@ from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.evaluate import evaluate
 from jaxds2.inference.recognizer import Recognizer
 from jaxds2.lock import LockError
-from jaxds2.model import mosaic
+from jaxds2.model import mingru_kernel
 from jaxds2.text import TextError, Vocabulary
 from jaxds2.training import loop
 from jaxds2.training.checkpoint import CheckpointError, Checkpoints
@@ -51,15 +52,16 @@ def test_a_step_makes_no_copy_that_was_not_asked_for(tones, tmp_path, monkeypatc
         train(config(tones), tmp_path / "run", progress=False)
 
 
-def test_a_form_that_stands_in_for_the_kernel_is_named_in_training_and_when_the_run_is_loaded(
+def test_a_form_that_stands_in_for_a_kernel_is_named_in_training_and_when_the_run_is_loaded(
     tones, tmp_path, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(mosaic, "stand_in", lambda *given: asked.append(given) or "no kernel here (too narrow)")
-    settings = config(tones, steps=1)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan="fused"))
-    train(settings, tmp_path / "run", progress=False)
-    assert "no kernel here (too narrow)" in (tmp_path / "run/train.log").read_text()
+    monkeypatch.setattr(mingru_kernel, "stand_in", lambda *given: asked.append(given) or "no kernel here (too narrow)")
+    monkeypatch.setattr(ctc_kernel, "stand_in", lambda platform: f"no kernel for CTC on a {platform}")
+    train(config(tones, steps=1), tmp_path / "run", progress=False)
+    log = (tmp_path / "run/train.log").read_text()
+    assert "no kernel here (too narrow)" in log
+    assert "no kernel for CTC on a cpu" in log
     capsys.readouterr()
     Recognizer.load(tmp_path / "run", "last")
     assert capsys.readouterr().err == "no kernel here (too narrow)\n"

@@ -169,7 +169,7 @@ def mingru_layer(
         lengths_B1 = lengths_B.astype(jnp.int32)[:, None]
         return _mingru_kernel(pre_TBE, bias_E.astype(jnp.float32), lengths_B1, h0_BH, candidate_fn, reverses)
     valid_TB1 = (jnp.arange(pre_TBE.shape[0])[:, None] < lengths_B[None, :])[..., None]
-    parts = jnp.split(pre_TBE.astype(jnp.float32) + bias_E.astype(jnp.float32), 2 * len(reverses), axis=-1)
+    parts = jnp.split(pre_TBE.astype(jnp.float32) + bias_E.astype(jnp.float32)[None, None], 2 * len(reverses), axis=-1)
     hs, lasts = mingru_recurrences(
         [jnp.where(valid_TB1, gate_TBD, FROZEN) for gate_TBD in parts[::2]],
         [jnp.where(valid_TB1, candidate_TBD, 0.0) for candidate_TBD in parts[1::2]],
