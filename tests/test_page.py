@@ -172,6 +172,19 @@ def test_sound_and_log_mel_are_those_of_the_recording(recordings):
     assert peaks == sorted(peaks, reverse=True)  # higher tones stand higher
 
 
+def test_sound_of_a_long_set_is_compressed(recordings, monkeypatch):
+    utterances, posteriors = recordings
+    monkeypatch.setattr(page, "LOSSLESS_SECONDS", sum(u.duration for u in utterances) - 0.1)
+    media = collect_media(utterances, posteriors, FEATURES)
+    for u in utterances:
+        assert media[u.id].audio.startswith("data:audio/mpeg;base64,")
+        samples_S, rate = soundfile.read(decoded(media[u.id].audio))
+        assert rate == 16_000
+        given_S = soundfile.read(u.audio_filepath)[0]
+        assert abs(len(samples_S) - len(given_S)) < 0.2 * rate  # the encoder's own delay and padding
+        assert np.abs(np.fft.rfft(samples_S, 16_000)).argmax() == np.abs(np.fft.rfft(given_S, 16_000)).argmax()
+
+
 def test_a_recording_shorter_than_a_frame_still_has_a_picture(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(FEATURES.n_fft, np.int16), 16_000)
     posteriors = {"a": Posteriors.of(np.zeros((1, 4)), VOCABULARY)}
@@ -184,7 +197,7 @@ def test_the_first_get_sound_and_pictures_until_each_budget_is_spent(recordings)
     media = collect_media(utterances, posteriors, FEATURES, audio_bytes=1, picture_bytes=1 << 20)
     assert [bool(media[i].audio) for i in IDS] == [True, False, False]
     assert all(media[i].mel and media[i].posteriors for i in IDS)
-    media = collect_media(reversed(utterances), posteriors, FEATURES, audio_bytes=1, picture_bytes=1)
+    media = collect_media(utterances[::-1], posteriors, FEATURES, audio_bytes=1, picture_bytes=1)
     assert list(media) == [IDS[2]]
 
 

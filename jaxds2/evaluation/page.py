@@ -9,7 +9,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from jaxds2.audio import AudioError, read_audio
 from jaxds2.config import FeatureConfig
@@ -27,9 +28,12 @@ from jaxds2.evaluation.breakdown import ScoredUtterance, confusions
 from jaxds2.features import log_mel
 from jaxds2.text import BLANK_ID, Vocabulary
 
-AUDIO_BYTES = 24 << 20
-"""Of base64 that sound may take: about a quarter of an hour of speech as FLAC, which every browser plays. Opus would
-hold four times as much, but takes 60 times as long to encode: minutes for a test set."""
+AUDIO_BYTES = 32 << 20
+"""Of base64 that sound may take: a bit over two hours of speech as MP3, which every browser plays."""
+
+LOSSLESS_SECONDS = 900.0
+"""Sets of up to so many seconds get their sound as FLAC, longer ones as MP3 of 25 kbit/s, a fifth of that. Opus
+would be a third of MP3, but takes four times as long to encode: minutes for a test set."""
 
 PICTURE_BYTES = 16 << 20
 """Of base64 that pictures may take: about 1,000 utterances of 7 s."""
@@ -78,7 +82,7 @@ class Media:
 
 
 def collect_media(
-    utterances: Iterable[Utterance],
+    utterances: Sequence[Utterance],
     posteriors: Mapping[str, Posteriors],
     features: FeatureConfig,
     *,
@@ -96,16 +100,17 @@ def collect_media(
     """
     # Not normalised bin by bin: a picture is to show which are loud.
     mel_of = jax.jit(partial(log_mel, features=replace(features, normalize="fixed")))
+    encode = _flac if sum(u.duration for u in utterances) <= LOSSLESS_SECONDS else _mp3
     media: dict[str, Media] = {}
     with Recordings() as recordings:
-        for u in utterances:
+        for u in tqdm(utterances, desc="sound and pictures", unit="utt", leave=False, delay=3, disable=None):
             if audio_bytes <= 0 and picture_bytes <= 0:
                 break
             try:
                 waveform_S = read_audio(recordings.of(u), sample_rate=features.sample_rate)
             except AudioError:
                 continue  # gone or changed since it was scored; the page has its row all the same
-            sound = _flac(waveform_S, features.sample_rate) if audio_bytes > 0 else ""
+            sound = encode(waveform_S, features.sample_rate) if audio_bytes > 0 else ""
             mel = probabilities = ""
             if picture_bytes > 0:
                 levels_RU = posteriors[u.id].levels_RU
@@ -166,6 +171,7 @@ def build_page(
         "totals": {kind: len(rows) for kind, rows in asdict(found).items()},
         "confusions": {kind: rows[:TABLE_ROWS] for kind, rows in asdict(found).items()},
         "withAudio": sum(bool(m.audio) for m in media.values()),
+        "compressed": any(m.audio.startswith("data:audio/mpeg") for m in media.values()),
         "withPictures": sum(bool(m.mel) for m in media.values()),
         "utterances": [_row(u, audio.get(u.id), words.get(u.id)) for u in utterances],
     }
@@ -252,3 +258,15 @@ def _flac(waveform_S: np.ndarray, sample_rate: int) -> str:
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform_S, sample_rate, format="FLAC", subtype="PCM_16")
     return f"data:audio/flac;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _mp3(waveform_S: np.ndarray, sample_rate: int) -> str:
+    """The same, smaller; as FLAC where this libsndfile (before 1.1) writes no MP3."""
+    import soundfile
+
+    if "MP3" not in soundfile.available_formats():
+        return _flac(waveform_S, sample_rate)
+    buffer = io.BytesIO()
+    options: Any = {"compression_level": 0.9, "bitrate_mode": "VARIABLE"}
+    soundfile.write(buffer, waveform_S, sample_rate, format="MP3", subtype="MPEG_LAYER_III", **options)
+    return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
