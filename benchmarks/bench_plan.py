@@ -141,7 +141,9 @@ def first_batch(manifest: Path, shapes: int, begin: float) -> dict[str, float]:
             done = time.time()
             time.sleep(2 * INTERVAL_S)  # one more look
     if loaded.failures:
-        sys.exit(f"{len(loaded.failures)} recordings of the first batch could not be read: {loaded.failures[0]}")
+        sys.exit(
+            f"{len(loaded.failures)} recordings of the first batch could not be read: {': '.join(loaded.failures[0])}"
+        )
     times = {"imported": imported, "read": read, "planned": planned, "first batch": done}
     return {name: moment - begin for name, moment in times.items()} | most | padding(plan, shapes)
 

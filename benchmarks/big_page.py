@@ -41,8 +41,10 @@ def main(out: Path, count: int) -> None:
         voice = sum(np.sin(2 * np.pi * pitch * k * t) / k for k in range(1, 20))
         audio[i] = out / f"{i}.flac"
         soundfile.write(audio[i], 0.1 * loud * (voice + 0.3 * rng.standard_normal(samples)), 16_000)
-    by_id = {i: Utterance(audio_filepath=path, duration=1.0, text="", id=i) for i, path in audio.items()}
     durations = [soundfile.info(audio[i]).duration for i in ids]
+    by_id = {
+        i: Utterance(audio_filepath=audio[i], duration=s, text="", id=i) for i, s in zip(ids, durations, strict=True)
+    }
     speakers = [f"speaker {i % 40}" for i in range(count)]
     begin = time.perf_counter()
     scored = score_utterances(ids, speakers, durations, [" ".join(r) for r in refs], [" ".join(h) for h in hyps])

@@ -356,11 +356,7 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
     asked = getattr(arguments, "nbest", None)
     nbest = 1 if asked is None else asked
     if arguments.decoder == "greedy":
-        names = (*SETTINGS, "lm", "backend", "lexicon", "hot_words")
-        if given := [name for name in names if getattr(arguments, name) is not None]:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for --decoder beam")
-        if nbest != 1:
-            raise ConfigError(f"--nbest {nbest}: greedy decoding has one hypothesis; take --decoder beam")
+        _only_for_beam(arguments)
         return DecoderChoice()
     _must_exist(arguments.lm, arguments.lexicon)
     backend = arguments.backend or "pyctcdecode"
@@ -380,6 +376,17 @@ def _decoder_choice(arguments: argparse.Namespace, characters: str) -> "DecoderC
         beam=BeamSettings(**values, hot_words=hot_words, nbest=nbest),
         sources=sources | {"backend": "command line" if arguments.backend else "default"},
     )
+
+
+def _only_for_beam(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError: an option of a beam search is given for greedy decoding."""
+    from jaxds2.decoding.tuned import SETTINGS
+
+    names = (*SETTINGS, "lm", "backend", "lexicon", "hot_words")
+    if given := [name for name in names if getattr(arguments, name) is not None]:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for --decoder beam")
+    if (nbest := getattr(arguments, "nbest", None)) not in (None, 1):
+        raise ConfigError(f"--nbest {nbest}: greedy decoding has one hypothesis; take --decoder beam")
 
 
 def _made(choice: "DecoderChoice", vocabulary: "Vocabulary") -> "Decoder":
@@ -425,19 +432,27 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.run is None:
         raise ConfigError("--run DIR says which run to score (or --compare which two scores to compare)")
+    if arguments.decoder == "greedy":
+        _only_for_beam(arguments)
     if not arguments.logprobs:
         with _joined(arguments):
             return _score(arguments)
     if arguments.coordinator or arguments.processes or arguments.process is not None:
         raise ConfigError("--logprobs decodes in one process; leave out --coordinator, --processes and --process")
+    if arguments.save_logprobs:
+        raise ConfigError("--logprobs and --save-logprobs: they are kept already")
+    if arguments.checkpoint != "best":
+        raise ConfigError(f"--logprobs are of a checkpoint already; leave out --checkpoint {arguments.checkpoint}")
     return _score(arguments)
 
 
 def _score(arguments: argparse.Namespace) -> int:
     from functools import partial
 
+    from jaxds2.data.shards import read_utterances
     from jaxds2.decoding.decoder import make_decoder
     from jaxds2.decoding.pool import open_pool
+    from jaxds2.evaluation.evaluate import references_of
     from jaxds2.evaluation.logprobs import read_log_probs
     from jaxds2.evaluation.report import score_log_probs, score_run
     from jaxds2.inference.recognizer import Recognizer
@@ -445,8 +460,6 @@ def _score(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments.run / "config.json")
     saved = read_log_probs(arguments.logprobs) if arguments.logprobs else None
-    if saved and arguments.save_logprobs:
-        raise ConfigError("--logprobs and --save-logprobs: they are kept already")
     manifests = _manifests_to_score(arguments, [Path(saved.manifest)] if saved else [Path(m) for m in config.data.test])
     names = [arguments.name or _name_of_set(manifest) for manifest in manifests]
     if len(set(names)) < len(names):
@@ -457,6 +470,8 @@ def _score(arguments: argparse.Namespace) -> int:
     decoder = _made(choice, vocabulary)
     kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
     kind += "-lm" if choice.lm else ""
+    for manifest in manifests:
+        references_of(read_utterances(manifest), vocabulary)  # one without any is refused before the model is loaded
     score: Callable[..., object]
     if saved:
         score = partial(score_log_probs, saved, arguments.logprobs, config)
@@ -509,10 +524,15 @@ def _name_of_set(manifest: Path) -> str:
 def _compare(arguments: argparse.Namespace) -> int:
     from jaxds2.evaluation.comparison import compare
 
-    if arguments.run or arguments.manifest or arguments.name or arguments.lm or arguments.decoder != "greedy":
-        raise ConfigError(
-            "--compare reads two scores that are there already; leave out --run, --manifest, --name, --decoder and --lm"
-        )
+    parser = argparse.ArgumentParser()
+    add_eval(parser)
+    others = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name not in ("compare", "command", "call", "usage") and value != parser.get_default(name)
+    ]
+    if others:
+        raise ConfigError(f"--compare reads two scores that are there already; leave out {' '.join(others)}")
     _must_exist(*arguments.compare)
     print(compare(*arguments.compare).render())
     return 0

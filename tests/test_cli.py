@@ -19,6 +19,7 @@ import soxr
 from jaxds2 import cli
 from jaxds2.data.manifest import read_manifest, write_manifest
 from jaxds2.files import WriteError
+from jaxds2.inference.recognizer import Recognizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +145,7 @@ def test_language_model_beam_search_and_transcripts(run, tones, tmp_path, capfd)
     assert "gone.wav" in both.err
 
 
-def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_path, capfd):
+def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_path, capfd, monkeypatch):
     dev, lm = str(tones / "dev.jsonl"), tmp_path / "lm.arpa"
     assert cli.main(["lm", "build", str(tones / "train.jsonl"), "--order", "2", "--out", str(lm)]) == 0
     assert cli.evaluate(["--run", str(run), "--manifest", dev, "--name", "kept", "--save-logprobs"]) == 0
@@ -174,6 +175,13 @@ def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_p
     capfd.readouterr()
     fails(capfd, ["--run", bare, *beam[:2]], 1, "over the alphabet 'abc ', the run's is 'abcd '", entry=cli.evaluate)
     fails(capfd, ["--run", run, "--logprobs", tones], 1, "holds no log-probabilities", entry=cli.evaluate)
+    kept = ["--run", run, "--logprobs", run / "eval/kept"]
+    fails(capfd, [*kept, "--save-logprobs"], 2, "they are kept already", entry=cli.evaluate)
+    fails(capfd, [*kept, "--checkpoint", "last"], 2, "leave out --checkpoint last", entry=cli.evaluate)
+    monkeypatch.setattr(Recognizer, "load", lambda *_: pytest.fail("the model was loaded first"))
+    mute = tmp_path / "mute.jsonl"
+    write_manifest(mute, [dataclasses.replace(u, text="") for u in read_manifest(dev)])
+    fails(capfd, ["--run", run, "--manifest", mute], 1, "has a reference text", "transcribe", entry=cli.evaluate)
 
 
 def test_tuned_settings_are_found_used_and_said(run, tones, tmp_path, capfd):
@@ -359,6 +367,9 @@ def test_two_scores_are_compared_and_what_cannot_be_is_refused(run, tones, tmp_p
     fails(capfd, [*compare, tmp_path / "gone"], 2, "gone", entry=cli.evaluate)
     fails(capfd, [*compare, folders[1], "--run", run], 2, "leave out --run", entry=cli.evaluate)
     fails(capfd, [*compare, folders[1], "--decoder", "beam"], 2, "--decoder", entry=cli.evaluate)
+    others = ["--checkpoint", "last", "--nbest", "2", "--no-html", "--logprobs", folders[0]]
+    ignored = "leave out --checkpoint --nbest --logprobs --no-html"
+    fails(capfd, [*compare, folders[1], *others], 2, ignored, entry=cli.evaluate)
     fails(capfd, compare, 2, "--compare", entry=cli.evaluate)
     fails(capfd, [], 2, "--run DIR", "--compare", entry=cli.evaluate)
     (folders[1] / "utterances.jsonl").unlink()

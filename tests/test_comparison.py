@@ -62,6 +62,15 @@ def test_a_clear_difference_is_one_and_few_segments_are_named(tmp_path):
     assert compare(a, b).difference[0] > 0
 
 
+def test_a_difference_that_is_the_same_in_every_segment_is_not_called_none(tmp_path):
+    refs = [f"{w} a b c" for w in "defghijklm"]
+    a = write(tmp_path / "a", refs, refs, refs)
+    b = write(tmp_path / "b", refs, refs, [ref[2:] for ref in refs])
+    line = compare(a, b).render().splitlines()[-2]
+    assert "errors of A less those of B -1.000 each, z 0.000, p 1" in line
+    assert line.endswith(": the same in every segment, of which this test can say nothing")
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(folders, tmp_path):
     a, b = folders
     ids, refs = ["u1", "u2"], ["a b", "c"]

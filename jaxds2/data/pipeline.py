@@ -75,8 +75,8 @@ class LoadedBatch:
 
     step: int
     batch: Batch
-    failures: tuple[str, ...]
-    """`id: message` of each utterance that became filler because its audio could not be used."""
+    failures: tuple[tuple[str, str], ...]
+    """Id and reason of each utterance that became filler because its audio could not be used."""
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def load_batches(
                 gc.collect()
 
 
-def _receive(steps: Iterator[tuple[int, Batch, tuple[str, ...]]]) -> Generator[LoadedBatch, None, None]:
+def _receive(steps: Iterator[tuple[int, Batch, tuple[tuple[str, str], ...]]]) -> Generator[LoadedBatch, None, None]:
     try:
         for step, batch, failures in steps:
             yield LoadedBatch(step, jax.tree.map(_own, batch), failures)
@@ -202,7 +202,7 @@ class _Steps:
     def __len__(self) -> int:
         return max(0, self._stop - self._start)
 
-    def __getitem__(self, index: int) -> tuple[int, Batch, tuple[str, ...]]:
+    def __getitem__(self, index: int) -> tuple[int, Batch, tuple[tuple[str, str], ...]]:
         """A pytree, of which grain hands over the arrays in shared memory.
 
         Pickled arrays of megabytes would clog the pipe between the processes: a worker that dies in the middle of one
@@ -215,7 +215,7 @@ class _Steps:
             # An exception that cannot be pickled would vanish in the worker, and the training loop would wait for ever.
             raise PipelineError(f"step {step}: {type(e).__name__}: {e}") from e
 
-    def _load(self, step: int) -> tuple[int, Batch, tuple[str, ...]]:
+    def _load(self, step: int) -> tuple[int, Batch, tuple[tuple[str, str], ...]]:
         plan = self._plan.step(step)
         bucket = plan.bucket.share(self._processes)
         batch = filler_batch(bucket, plan.epoch)
@@ -229,7 +229,7 @@ class _Steps:
             try:
                 waveform_S = self._read(index, speed)
             except AudioError as e:
-                failures.append(f"{self._ids[index]}: {e}")
+                failures.append((self._ids[index], str(e)))
                 continue
             label_N = [] if self._vocabulary is None else self._vocabulary.encode(self._texts[index])
             batch.audio_BS[row, : len(waveform_S)] = waveform_S

@@ -56,9 +56,12 @@ class Comparison:
             f"(paired bootstrap, {REPLICATES} resamples of {self.units.count} {self.units.kind})"
         )
         test = self.test
+        verdict = f"{'a' if test.p < alpha else 'no'} difference at the {100 * alpha:.0f} % level"
+        if test.mean and not test.std:
+            verdict = "the same in every segment, of which this test can say nothing"
         lines.append(
             f"MAPSSWE: {test.segments} segments, errors of A less those of B {test.mean:+.3f} each, z {test.z:.3f}, "
-            f"p {_probability(test.p)}: {'a' if test.p < alpha else 'no'} difference at the {100 * alpha:.0f} % level"
+            f"p {_probability(test.p)}: {verdict}"
         )
         if test.segments < ENOUGH_SEGMENTS:
             lines.append(f"         fewer than {ENOUGH_SEGMENTS} segments: p, which takes z for normal, is rough")

@@ -87,7 +87,7 @@ def evaluate(
       Interrupted: should_stop() said so.
     """
     vocabulary = recognizer.vocabulary
-    refs = _references(utterances, vocabulary)
+    refs = references_of(utterances, vocabulary)
     plan = recognizer.plan(utterances)
     if warm_up:
         recognizer.warm_up(plan)
@@ -106,7 +106,7 @@ def evaluate(
         for batch, output, failures in recognizer.run(utterances, plan, with_labels=with_loss, on_first=start_clock):
             if should_stop():
                 raise Interrupted
-            failed.extend(failures)
+            failed.extend(f"{identifier}: {why}" for identifier, why in failures)
             for row, index in enumerate(batch.index_B.tolist()):
                 if index < 0:
                     continue
@@ -165,7 +165,7 @@ def evaluate_log_probs(
     Raises:
       EvaluationError: no utterance has a reference, or one has no frames.
     """
-    refs = _references(utterances, vocabulary)
+    refs = references_of(utterances, vocabulary)
     failed = [_too_short(u) for u, frames in zip(utterances, log_probs, strict=True) if not len(frames)]
     for index, log_probs_UV in enumerate(log_probs):
         keep(index, log_probs_UV)
@@ -175,7 +175,12 @@ def evaluate_log_probs(
     return _scores(utterances, refs, dict(enumerate(decoded)), failed, wall_seconds)
 
 
-def _references(utterances: Sequence[Utterance], vocabulary: Vocabulary) -> list[str]:
+def references_of(utterances: Sequence[Utterance], vocabulary: Vocabulary) -> list[str]:
+    """The normalised text of each utterance.
+
+    Raises:
+      EvaluationError: none has any.
+    """
     refs = [vocabulary.normalize(u.text) for u in utterances]
     if not any(refs):
         raise EvaluationError(

@@ -132,7 +132,7 @@ def align(
     greedy = GreedyDecoder(vocabulary)
     with tqdm(total=len(spelt), desc="align", unit="utt", leave=False, disable=None if progress else True) as bar:
         for batch, output, failures in recognizer.run(spelt, recognizer.plan(spelt), with_labels=True) if spelt else ():
-            failed |= dict(line.split(": ", 1) for line in failures)
+            failed |= dict(failures)
             alignment = jax.device_get(
                 _align_batch(output.log_probs_BUV, output.logit_lengths_B, batch.labels_BN, batch.label_lengths_B)
             )

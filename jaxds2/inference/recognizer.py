@@ -118,7 +118,7 @@ class Recognizer:
         *,
         with_labels: bool,
         on_first: Callable[[], object] = lambda: None,
-    ) -> Iterator[tuple[Batch, EvalOutput, tuple[str, ...]]]:
+    ) -> Iterator[tuple[Batch, EvalOutput, tuple[tuple[str, str], ...]]]:
         """The model's output for each batch of the first epoch of a plan; of several processes each has its rows.
 
         Args:
@@ -128,7 +128,7 @@ class Recognizer:
           on_first: called when the loader has started and the first batch is there.
 
         Yields:
-          The batch, its index_B into utterances, the output on the host, and a line for each recording that failed.
+          The batch, its index_B into utterances, the output on the host, and id and reason of each that failed.
         """
         vocabulary = self.vocabulary if with_labels else None
         steps = plan.num_steps(0)

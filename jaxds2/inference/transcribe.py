@@ -185,9 +185,8 @@ def _short(recognizer: Recognizer, utterances: Sequence[Utterance], decode: Deco
                 yield int(u.id), {"hypotheses": tuple(decode(log_probs_UV))}
             else:
                 yield int(u.id), {"error": f"{u.audio_filepath}: too short for one frame ({u.duration:.3f} s)"}
-        for line in failures:
-            identifier, _, message = line.partition(": ")
-            yield int(identifier), {"error": message}
+        for identifier, why in failures:
+            yield int(identifier), {"error": why}
 
 
 @dataclass

@@ -125,7 +125,7 @@ class StepReport:
         self.padded_samples += loss.index_B.size * loaded.batch.audio_BS.shape[1]
         planned_B = self.plan.step(loaded.step).indices_B
         lost = [self.ids[i] for i in planned_B[(planned_B >= 0) & (loss.index_B < 0)]]
-        why = dict(line.split(": ", 1) for line in loaded.failures)
+        why = dict(loaded.failures)
         reasons = {name: f"{name}: {why.get(name, 'another process names the reason')}" for name in lost}
         new = [name for name in lost if name not in self.left_out]
         self.left_out |= dict.fromkeys(new)
