@@ -155,8 +155,8 @@ def test_unusable_audio_becomes_filler_and_is_named(utterances, tmp_path):
         for field in (x.batch.audio_BS, x.batch.audio_lengths_B, x.batch.labels_BN, x.batch.label_lengths_B):
             assert not np.asarray(field)[gone].any()
         samples |= {everything[i].id: int(n) for i, n in zip(x.batch.index_B, x.batch.audio_lengths_B, strict=True)}
-    assert samples["a bit longer"] == len(waveform)
-    assert samples["a bit shorter"] == len(waveform) - off
+    assert samples["bad: a bit longer"] == len(waveform)
+    assert samples["bad: a bit shorter"] == len(waveform) - off
 
 
 def test_scoring_needs_no_vocabulary(utterances):
