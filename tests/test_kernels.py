@@ -38,7 +38,7 @@ def test_the_kernels_equal_their_definitions_and_lower_for_cuda():
     assert len(found["ctc"]) == 3
     assert max(found["ctc"]) < 2e-5
     assert found["asked for in a step"] == [None, None]
-    assert 0 < found["loss and gradient"] < 1e-5
+    assert found["loss and gradient"] < 1e-5
     # Forward and backward, each for both directions; on a mesh of several devices both lie inside a shard_map.
     assert found["kernels"] == {
         "float32, bare": {"kernels": 2, "on own rows": 0},
