@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from jaxds2 import allocator
+
 _FREE_AND_TAKE_AGAIN = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,3 +37,14 @@ def page_faults(mode: str) -> int:
 def test_freed_pages_are_used_again():
     assert page_faults("default") > 4 * 100_000_000 / (2 << 20)  # even in huge pages
     assert page_faults("keep") < 100
+
+
+def test_only_where_jax_has_nothing_but_cpus(monkeypatch):
+    monkeypatch.setattr(allocator, "entry_points", lambda *, group: [f"{group}: xla_cuda13"])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert not allocator.on_cpus()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert allocator.on_cpus()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(allocator, "entry_points", lambda *, group: [])
+    assert allocator.on_cpus()
