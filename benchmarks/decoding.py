@@ -9,7 +9,8 @@ are chosen on a development part, with the default pruning. Real ones are of one
 manifest; weights are what the command line says, or `--tuned RUN`: what `jaxds2 lm tune` found for each back end with
 RUN, pruning too. Speed and WER stand beside those of the first row, pyctcdecode with its default pruning where both are
 asked for: times as fast, and the difference in points with its paired interval of 95 %. Intervals are over speakers, as
-those of eval.py, or utterances. One core each, by process time.
+those of eval.py, or utterances. One core each, by process time. The JSON also says which models, which language model
+and which tuned run the numbers are of.
 
 Each row decodes all utterances, so a wide search takes minutes: pyctcdecode reads 0.8 of the made-up ones a second.
 `--backends`, `--prunings` and `--blank-thresholds` choose the rows; the others stand beside the first one. For the
@@ -20,6 +21,7 @@ table of wide ones:
 
 import argparse
 import datetime
+import hashlib
 import itertools
 import json
 import tempfile
@@ -32,14 +34,15 @@ from typing import Any
 import numpy as np
 import side_by_side
 
+from jaxds2.data.manifest import ManifestError, manifest_path
 from jaxds2.data.shards import read_utterances
 from jaxds2.decoding.blanks import kept_frames
 from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
-from jaxds2.decoding.lm import WordModel, build_ngram, open_model
+from jaxds2.decoding.lm import LMError, WordModel, build_ngram, open_model
 from jaxds2.decoding.settings import BeamSettings
 from jaxds2.decoding.tuned import read_tuned
-from jaxds2.evaluation.logprobs import check_same, read_log_probs
+from jaxds2.evaluation.logprobs import LogProbs, LogProbsError, check_same, read_log_probs
 from jaxds2.evaluation.metrics import align_words, count_alignment
 from jaxds2.evaluation.sclite import format_trn
 from jaxds2.evaluation.significance import Units, percentile_interval, resample, resampling_units
@@ -144,6 +147,8 @@ class Material:
     log_probs: list[list[np.ndarray]]
     """Of each model, of each reference, (U, V)."""
     units: Units
+    models: list[dict[str, Any]] = field(default_factory=list)
+    """Whose log-probabilities they are, for JSON; empty: made up."""
 
     def part(self, rows: slice) -> "Material":
         """Some of the utterances."""
@@ -162,16 +167,28 @@ def make_up(utterances: int, lm: Path) -> tuple[Vocabulary, Material]:
 
 
 def read_real(folders: list[Path]) -> tuple[Vocabulary, Material]:
-    """What eval.py --save-logprobs kept, of one manifest."""
+    """What eval.py --save-logprobs kept, of one manifest, which is as it was then.
+
+    Raises:
+      LogProbsError: damaged ones, or of another alphabet or manifest. ManifestError: a bad manifest.
+    """
     models = [read_log_probs(folder) for folder in folders]
     first = models[0]
+    manifest = Path(first.manifest)
+    vocabulary, utterances = Vocabulary(first.characters), read_utterances(manifest)
+    digest, ids = hashlib.sha256(manifest_path(manifest).read_bytes()).hexdigest(), [u.id for u in utterances]
     for folder, model in zip(folders, models, strict=True):
-        same = {"characters": first.characters, "ids": first.ids, "manifest_sha256": first.manifest_sha256}
-        check_same(model, **same, where=str(folder))
-    vocabulary, utterances = Vocabulary(first.characters), read_utterances(Path(first.manifest))
+        check_same(model, characters=first.characters, ids=ids, manifest_sha256=digest, where=str(folder))
     refs = [vocabulary.normalize(u.text) for u in utterances]
     units = resampling_units([u.speaker for u in utterances])
-    return vocabulary, Material(refs, [list(model.log_probs) for model in models], units)
+    log_probs = [list(model.log_probs) for model in models]
+    return vocabulary, Material(refs, log_probs, units, [origin(model) for model in models])
+
+
+def origin(model: LogProbs) -> dict[str, Any]:
+    """Which model it was, for JSON: without the folders of this machine."""
+    said = {name: getattr(model, name) for name in ("checkpoint", "checkpoint_step", "manifest_sha256")}
+    return {"run": Path(model.run).name or model.run, **said}
 
 
 def measure(choice: DecoderChoice, lm: WordModel | None, vocabulary: Vocabulary, material: Material) -> Score:
@@ -313,6 +330,9 @@ def main() -> None:
     content = {
         "benchmark": "decoding",
         "log_probs": "real" if arguments.logprobs else "made up",
+        "models": material.models,
+        "lm": lm.described | {"lm": lm_path.name},
+        "tuned": arguments.tuned and arguments.tuned.absolute().name,
         "utterances": greedy.errors_UM.size,
         "versions": side_by_side.versions(PACKAGES),
         "greedy": {
@@ -327,4 +347,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DecoderError, LMError, LogProbsError, ManifestError) as e:
+        raise SystemExit(f"error: {e}") from None

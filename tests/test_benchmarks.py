@@ -1,9 +1,11 @@
 """The benchmarks run, name every column and leave their numbers as JSON."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +21,14 @@ import pytest
 import side_by_side
 
 from jaxds2.compiler import compiler_options
+from jaxds2.data.manifest import Utterance, write_manifest
 from jaxds2.decoding.alignment import Span
 from jaxds2.decoding.hypothesis import DecoderError
+from jaxds2.decoding.lm import build_ngram
 from jaxds2.decoding.tuned import defaults, write_tuned
+from jaxds2.evaluation.logprobs import LogProbs, write_log_probs
 from jaxds2.evaluation.significance import resampling_units
+from jaxds2.text import Vocabulary
 
 ERRORS = ("error", "gradient error", "h", "da", "db", "dgate", "dcandidate")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -148,6 +154,38 @@ def test_tuned_settings_of_each_back_end_are_taken(monkeypatch, tmp_path):
     assert list(decoding.searches(arguments, choice)) == [("tuned", choice)]
     with pytest.raises(DecoderError, match="lm tune --backend flashlight"):
         decoding.candidates(arguments, "flashlight", tmp_path / "lm.arpa")
+
+
+def test_numbers_of_real_models_say_whose_they_are_and_are_of_the_manifest_as_it_is(monkeypatch, tmp_path):
+    for package in ("kenlm", "kaldingram", "pyctcdecode"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    decoding = importlib.import_module("decoding")
+    manifest, lm, out = tmp_path / "dev.jsonl", tmp_path / "lm.arpa", tmp_path / "numbers.json"
+    write_manifest(manifest, [Utterance(id="u", audio_filepath=tmp_path / "u.wav", duration=1.0, text="ab ba")])
+    build_ngram(["ab ba", "ba"], lm, order=2)
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    vocabulary = Vocabulary("ab ")
+    log_probs_UV = np.log(np.eye(4)[vocabulary.encode("ab ba")] * 0.9 + 0.025).astype(np.float32)
+    folders = [tmp_path / "lp-0", tmp_path / "lp-1"]
+    for number, folder in enumerate(folders):
+        origin = {"run": f"runs/x-{number}", "checkpoint": "best", "checkpoint_step": 70 + number}
+        kept = LogProbs(("u",), (log_probs_UV,), vocabulary.characters, str(manifest), digest, **origin)
+        write_log_probs(folder, kept)
+    write_tuned(tmp_path / "tuned", "pyctcdecode", {"lm_sha256": "0", "settings": defaults()})
+    command = ["decoding.py", "--logprobs", *folders, "--lm", lm, "--tuned", tmp_path / "tuned", "--json", out]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--backends", "pyctcdecode"])
+    decoding.main()
+    written = json.loads(out.read_text())
+    assert written["models"] == [
+        {"run": f"x-{n}", "checkpoint": "best", "checkpoint_step": 70 + n, "manifest_sha256": digest} for n in (0, 1)
+    ]
+    assert written["lm"]["lm_sha256"] == hashlib.sha256(lm.read_bytes()).hexdigest()
+    assert written["tuned"] == "tuned"
+    assert str(tmp_path) not in out.read_text()
+    manifest.write_text(manifest.read_text().replace("ab ba", "ab"))
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*lp-0: log-probabilities of [^\n]*this manifest is another"):
+        runpy.run_path(str(BENCHMARKS / "decoding.py"), run_name="__main__")
 
 
 def test_the_frames_that_a_search_sees_are_counted(monkeypatch):

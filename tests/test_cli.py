@@ -340,6 +340,14 @@ def test_what_cannot_be_aligned_is_named_and_the_others_come_out(run, tones, tmp
     assert ctm(out / "words.ctm").keys() == {u.id for u in spoken}
     # Nothing is left of the alignment that an earlier call could make.
     assert {path.stem for path in (out / "textgrids").iterdir()} == {u.id for u in spoken}
+    # Nor of utterances that the manifest has no more. What somebody else put there stays.
+    foreign = {"textgrids/notes.txt": "mine", "textgrids/phones.TextGrid": 'name = "phones"', "own.TextGrid": "mine"}
+    for name, content in foreign.items():
+        (out / name).write_text(content)
+    write_manifest(manifest, spoken[:2])
+    assert cli.main(align) == 0
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.suffix in (".TextGrid", ".txt")}
+    assert left == {"failed.txt", *foreign, *(f"textgrids/{u.id}.TextGrid" for u in spoken[:2])}
     write_manifest(manifest, [dataclasses.replace(u, text=" .") for u in spoken])
     fails(capfd, align, 1, "none of 6 utterances has a text", "transcribe")
     fails(capfd, [*align[:-1], manifest], 1, str(manifest), "cannot be written")

@@ -264,7 +264,16 @@ def test_files_that_are_no_model_are_refused(tmp_path):
     text.write_text("one two\n")
     with pytest.raises(LMError, match="expected an ARPA file or a KenLM binary"):
         load_unigrams(text)
+    junk = random.Random(0).randbytes(1000)
     whole = build_ngram(some_text(), tmp_path / "lm.arpa").read_text()
+    neither = r"^[^\n]+: neither an ARPA file \(UTF-8 text\) nor a KenLM binary, .*; build one with `jaxds2 lm build"
+    for content in (junk, gzip.compress(junk), b"\xff" * 10, whole.replace("bank", "b\xe4nk").encode("latin-1")):
+        (tmp_path / "junk.bin").write_bytes(content)
+        with pytest.raises(LMError, match=neither):
+            load_unigrams(tmp_path / "junk.bin")
+    (tmp_path / "junk.bin").write_bytes(gzip.compress(whole.encode())[:10] + b"\xff" * 100)
+    with pytest.raises(LMError, match=r"junk\.bin: cannot be read \("):
+        load_unigrams(tmp_path / "junk.bin")
     broken.write_text(whole[: len(whole) // 2])
     with pytest.raises(LMError, match=r"broken\.arpa: KenLM cannot read it"):
         load_model(broken)

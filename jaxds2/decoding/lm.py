@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -243,7 +244,12 @@ def load_unigrams(path: Path) -> list[str]:
             words = _arpa_words(f)
     except FileNotFoundError:
         raise LMError(f"no language model {path}; build one with `jaxds2 lm build TEXT --out {path}`") from None
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError:
+        raise LMError(
+            f"{path}: neither an ARPA file (UTF-8 text) nor a KenLM binary, it begins with {head[:16]!r}; "
+            f"build one with `jaxds2 lm build TEXT --out lm.arpa`"
+        ) from None
+    except (OSError, EOFError, zlib.error) as e:
         raise LMError(f"{path}: cannot be read ({_reason(e)})") from None
     if not words:
         raise LMError(f"{path}: holds no \\1-grams: section with words; expected an ARPA file or a KenLM binary")

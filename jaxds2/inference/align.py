@@ -24,13 +24,15 @@ from jaxds2.data.shards import read_utterances
 from jaxds2.decoding.alignment import Span, TextAlignment, Word, format_textgrid
 from jaxds2.decoding.greedy import GreedyDecoder
 from jaxds2.evaluation.sclite import format_ctm
-from jaxds2.files import replacing, write_whole
+from jaxds2.files import WriteError, replacing, write_whole
 from jaxds2.inference.recognizer import Recognizer, frame_seconds
 
 MIN_SCORE = -1.0
 """Utterances below this are listed: nats per character by which the audio would rather be read as something else. The
 mean over a long text hides a single wrong word; the words' own scores show it (RESULTS.md says what is found out)."""
 PRINTED = 5
+
+_TIERS = ("words", "characters")
 
 _align_batch = jax.jit(forced_alignment)
 
@@ -53,7 +55,7 @@ def align_run(recognizer: Recognizer, manifest: Path, *, folder: Path, min_score
     """Align a manifest, write what came out, print what did not, and which texts do not match.
 
     The files, by id: alignments.jsonl, words.ctm, characters.ctm, textgrids/ID.TextGrid, and with the reasons
-    mismatches.tsv and failed.txt. alignments.jsonl is a manifest too.
+    mismatches.tsv and failed.txt. alignments.jsonl is a manifest too. TextGrids of an earlier call are removed.
 
     Args:
       recognizer: the model and its weights.
@@ -77,6 +79,7 @@ def align_run(recognizer: Recognizer, manifest: Path, *, folder: Path, min_score
             stack.enter_context(partial.open("w", encoding="utf-8", newline="\n")) for partial in files
         )
         aligned, failed = align(recognizer, utterances)
+        _remove_textgrids(folder)
         for a in tqdm(aligned, "write", unit="utt", leave=False, disable=None, delay=2):
             identifier, duration = a.utterance.id, a.utterance.duration
             words = a.alignment.words(seconds, duration)
@@ -84,10 +87,8 @@ def align_run(recognizer: Recognizer, manifest: Path, *, folder: Path, min_score
             lines.write(json.dumps(_record(a, words, folder), ensure_ascii=False) + "\n")
             words_ctm.write(format_ctm([identifier], [[_row(word.span) for word in words]]))
             characters_ctm.write(format_ctm([identifier], [[_row(c) for c in characters]]))
-            tiers = (("words", [word.span for word in words]), ("characters", characters))
+            tiers = tuple(zip(_TIERS, ([word.span for word in words], characters), strict=True))
             write_whole(_textgrid(folder, identifier), format_textgrid(tiers, duration))
-    for identifier in failed:
-        _textgrid(folder, identifier).unlink(missing_ok=True)  # of an earlier alignment
     mismatches = sorted((a for a in aligned if a.alignment.score < min_score), key=lambda a: a.alignment.score)
     rows = [f"{a.alignment.score:.3f}\t{a.utterance.id}\t{a.utterance.text}\t{a.heard}\n" for a in mismatches]
     write_whole(folder / "mismatches.tsv", "score\tid\ttext\theard\n" + "".join(rows))
@@ -169,6 +170,22 @@ def _textgrid(folder: Path, utterance_id: str) -> Path:
     """Named by the id, in which what no file system takes is written as %XX."""
     name = re.sub(r"[\x00-\x1f/\\:*?\"<>|%]", lambda match: quote(match[0], safe=""), utterance_id)
     return folder / "textgrids" / f"{name}.TextGrid"
+
+
+def _remove_textgrids(folder: Path) -> None:
+    """Those of an earlier call, which are known by their tiers; what else lies there stays.
+
+    Raises:
+      WriteError: the system refuses.
+    """
+    names = [f'name = "{tier}"'.encode() for tier in _TIERS]
+    for path in (folder / "textgrids").glob("*.TextGrid"):
+        try:
+            content = path.read_bytes()
+            if all(name in content for name in names):
+                path.unlink()
+        except OSError as e:
+            raise WriteError(f"{path}: of an earlier alignment, cannot be removed ({e.strerror or e})") from None
 
 
 def _print(
