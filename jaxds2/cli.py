@@ -439,6 +439,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             return _score(arguments)
     if arguments.coordinator or arguments.processes or arguments.process is not None:
         raise ConfigError("--logprobs decodes in one process; leave out --coordinator, --processes and --process")
+    _must_exist(arguments.logprobs)
     if arguments.save_logprobs:
         raise ConfigError("--logprobs and --save-logprobs: they are kept already")
     if arguments.checkpoint != "best":
@@ -452,7 +453,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from jaxds2.data.shards import read_utterances
     from jaxds2.decoding.decoder import make_decoder
     from jaxds2.decoding.pool import open_pool
-    from jaxds2.evaluation.evaluate import references_of
+    from jaxds2.evaluation.evaluate import EvaluationError, references_of
     from jaxds2.evaluation.logprobs import read_log_probs
     from jaxds2.evaluation.report import score_log_probs, score_run
     from jaxds2.inference.recognizer import Recognizer
@@ -470,8 +471,11 @@ def _score(arguments: argparse.Namespace) -> int:
     decoder = _made(choice, vocabulary)
     kind = choice.name if choice.backend == "pyctcdecode" else choice.backend
     kind += "-lm" if choice.lm else ""
-    for manifest in manifests:
-        references_of(read_utterances(manifest), vocabulary)  # one without any is refused before the model is loaded
+    for manifest in manifests:  # one without any is refused before the model is loaded
+        try:
+            references_of(read_utterances(manifest), vocabulary)
+        except EvaluationError as e:
+            raise EvaluationError(f"{manifest}: {e}") from None
     score: Callable[..., object]
     if saved:
         score = partial(score_log_probs, saved, arguments.logprobs, config)
@@ -608,8 +612,12 @@ def _lm_build(arguments: argparse.Namespace) -> int:
     _must_exist(*arguments.text)
     if not MIN_ORDER <= arguments.order <= MAX_ORDER:
         raise ConfigError(f"--order {arguments.order}: KenLM reads models of order {MIN_ORDER} to {MAX_ORDER}")
+    if any(arguments.out.exists() and arguments.out.samefile(path) for path in arguments.text):
+        raise ConfigError(f"--out {arguments.out} is one of the texts, which it would replace; name another file")
     text = read_text(arguments.text, _alphabet(arguments))
-    if remark := text.remark():
+    if (remark := text.remark()) and len(text.foreign) == text.words:
+        raise ConfigError(remark)
+    if remark:
         print(f"warning: {remark}", file=sys.stderr)
     estimator = arguments.estimator or ("lmplz" if is_installed("lmplz") else "kaldingram")
     estimate = estimate_by_lmplz if estimator == "lmplz" else build_ngram
@@ -633,6 +641,11 @@ def _lm_perplexity(arguments: argparse.Namespace) -> int:
         for s in corpus.sentences if arguments.sentences else ():
             print(f"{s.perplexity:.2f}\t{s.unknown}\t{s.text}")
         print(f"{path}: {corpus.render()}")
+        if 2 * corpus.unknown > corpus.words:
+            print(
+                f"warning: {path}: {arguments.lm} does not know most of its words, so both figures say little",
+                file=sys.stderr,
+            )
     return 0
 
 

@@ -175,13 +175,14 @@ def test_log_probabilities_are_decoded_again_without_the_model(run, tones, tmp_p
     capfd.readouterr()
     fails(capfd, ["--run", bare, *beam[:2]], 1, "over the alphabet 'abc ', the run's is 'abcd '", entry=cli.evaluate)
     fails(capfd, ["--run", run, "--logprobs", tones], 1, "holds no log-probabilities", entry=cli.evaluate)
+    fails(capfd, ["--run", run, "--logprobs", tmp_path / "no"], 2, "no does not exist", entry=cli.evaluate)
     kept = ["--run", run, "--logprobs", run / "eval/kept"]
     fails(capfd, [*kept, "--save-logprobs"], 2, "they are kept already", entry=cli.evaluate)
     fails(capfd, [*kept, "--checkpoint", "last"], 2, "leave out --checkpoint last", entry=cli.evaluate)
     monkeypatch.setattr(Recognizer, "load", lambda *_: pytest.fail("the model was loaded first"))
     mute = tmp_path / "mute.jsonl"
     write_manifest(mute, [dataclasses.replace(u, text="") for u in read_manifest(dev)])
-    fails(capfd, ["--run", run, "--manifest", mute], 1, "has a reference text", "transcribe", entry=cli.evaluate)
+    fails(capfd, ["--run", run, "--manifest", mute], 1, str(mute), "has a reference text", entry=cli.evaluate)
 
 
 def test_tuned_settings_are_found_used_and_said(run, tones, tmp_path, capfd):
@@ -643,6 +644,21 @@ def test_a_language_model_of_another_alphabet_is_warned_of(tmp_path, capfd):
     text.write_text("\u0434\u0430 yes\n" * 3, encoding="utf-8")
     assert cli.main(["lm", "build", str(text), "--order", "2", "--out", str(tmp_path / "lm.arpa")]) == 0
     assert "warning: 3 of 6 words, '\u0434\u0430' first, have characters outside the alphabet" in capfd.readouterr().err
+    foreign = tmp_path / "foreign.txt"
+    foreign.write_text("\u043c\u0438\u0440\n\u043d\u0435\u0442\n", encoding="utf-8")
+    fails(capfd, ["lm", "build", foreign, "--out", tmp_path / "none.arpa"], 2, "2 of 2 words", "--characters")
+    assert not (tmp_path / "none.arpa").exists()
+    assert cli.main(["lm", "perplexity", str(tmp_path / "lm.arpa"), str(foreign)]) == 0
+    assert "does not know most of its words" in capfd.readouterr().err
+
+
+def test_a_language_model_does_not_replace_its_text(tmp_path, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text("one two\ntwo one\n")
+    (tmp_path / "link").symlink_to(text)
+    for out in (text, tmp_path / "link"):
+        fails(capfd, ["lm", "build", text, "--out", out], 2, "is one of the texts")
+    assert text.read_text() == "one two\ntwo one\n"
 
 
 def test_a_language_model_is_normalised_by_the_alphabet_of_a_run(run, tones, tmp_path, capfd):

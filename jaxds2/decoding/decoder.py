@@ -60,7 +60,8 @@ def make_decoder(choice: DecoderChoice, vocabulary: Vocabulary, lm: WordModel | 
     for word, _ in choice.beam.hot_words:
         if unknown := vocabulary.unknown(word):
             raise ConfigError(
-                f"hot word {word!r}: {unknown!r} is not in the alphabet {vocabulary.characters!r} of the model"
+                f"hot word {word!r}: {' '.join(unknown)} not in the alphabet {vocabulary.characters!r} of the model, "
+                f"which can never write it; leave it out"
             )
     if choice.lm and lm is None:
         lm = open_model(choice.lm, vocabulary)

@@ -78,7 +78,8 @@ class Text:
             return None
         return (
             f"{len(self.foreign):,} of {self.words:,} words, {self.foreign[0]!r} first, have characters outside the "
-            f"alphabet {self.characters!r}, which no model over it can write; another is --characters"
+            f"alphabet {self.characters!r}: a recognizer with that alphabet can never write them; --run DIR or "
+            f"--characters name another"
         )
 
 
@@ -299,7 +300,7 @@ def load_model(path: Path) -> "kenlm.Model":
         return kenlm.Model(str(path), config)
     except (OSError, RuntimeError, ValueError) as e:
         reason = _reason(e).rpartition("threw ")[2]  # behind the place in KenLM's C++
-        raise LMError(f"{path}: KenLM cannot read it ({reason})") from None
+        raise LMError(f"{path}: KenLM cannot read it ({reason}); expected an ARPA file or a KenLM binary") from None
 
 
 @dataclass(frozen=True)
