@@ -35,7 +35,7 @@ import numpy as np
 import side_by_side
 
 from jaxds2.data.manifest import ManifestError, manifest_path
-from jaxds2.data.shards import read_utterances
+from jaxds2.data.shards import ShardError, read_utterances
 from jaxds2.decoding.blanks import kept_frames
 from jaxds2.decoding.decoder import BACKENDS, DecoderChoice, make_decoder
 from jaxds2.decoding.hypothesis import DecoderError
@@ -170,7 +170,7 @@ def read_real(folders: list[Path]) -> tuple[Vocabulary, Material]:
     """What eval.py --save-logprobs kept, of one manifest, which is as it was then.
 
     Raises:
-      LogProbsError: damaged ones, or of another alphabet or manifest. ManifestError: a bad manifest.
+      LogProbsError: damaged ones, or of another alphabet or manifest. ManifestError, ShardError: a bad manifest.
     """
     models = [read_log_probs(folder) for folder in folders]
     first = models[0]
@@ -349,5 +349,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DecoderError, LMError, LogProbsError, ManifestError) as e:
+    except (DecoderError, LMError, LogProbsError, ManifestError, ShardError) as e:
         raise SystemExit(f"error: {e}") from None
