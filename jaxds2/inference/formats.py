@@ -38,11 +38,12 @@ def render(transcript: Transcript, form: str, *, name: str, word_times: bool = F
 
     Args:
       transcript: without an error.
-      form: txt is the text; srt (SubRip) and vtt (WebVTT) are cues; tsv is a line a cue, times in milliseconds; json is
-        one object on one line, with a list of cues called segments.
+      form: txt is the text; srt (SubRip) and vtt (WebVTT) are cues, which stay SHORTEST at least unless the next begins
+        or the file ends; tsv is a line a cue, times in milliseconds; json is one object on one line, with a list of
+        cues called segments.
       name: what the recording is called in json.
       word_times: txt, tsv and json also have each word's start, end and confidence, in seconds but for tsv; srt and
-        vtt have a cue a word.
+        vtt have a cue a word, as long as the word.
     """
     if form == "txt":
         return transcript.text + "\n" + ("".join(map(_word_line, transcript.words)) if word_times else "")
