@@ -224,9 +224,10 @@ def _train(
                 f"data.rows_multiple={config.data.rows_multiple} splits over no more than {mesh.size} of the devices; "
                 f"set it to a multiple of {jax.device_count()} to use all"
             )
-        fused = scan.choose(config.model.scan) == "fused", config.training.ctc == "fused"
-        lines = mingru_kernel.stand_in(config.model.hidden, platform), ctc_kernel.stand_in(platform)
-        for line in (line for asked, line in zip(fused, lines, strict=True) if asked and line):
+        fused = scan.choose(config.model.scan) == "fused"
+        if fused and (line := mingru_kernel.stand_in(config.model.hidden, platform)):
+            monitor.message(line)
+        if config.training.ctc == "fused" and (line := ctc_kernel.stand_in(platform)):
             monitor.message(line)
         if source is not None:
             monitor.message(f"weights from {source}; new: {' '.join(renewed) or 'none'}")
